@@ -1,0 +1,73 @@
+# Everything runs in a virtual environment of its own, .venv, made on first use. Variables you may set:
+#   TORCH        the torch to install, as pip spells it
+#   TORCH_INDEX  where else to look for it; the default serves builds without the several GB of CUDA packages
+#   PYTHON       the interpreter the environment is made with (3.10 or later)
+#   PYTEST_ARGS  e.g. PYTEST_ARGS="-n 0 -k radam"
+
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+STAMP := $(VENV)/.stamp
+HAVE_TORCH := $(STAMP)-$(subst =,-,$(TORCH))
+BUILT := $(STAMP)-extension
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+export FASTOPT_EXT := 1
+
+.PHONY: help demo test check lint bench build wheel clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(BUILT) $(STAMP)-demo ## train real models with torch.optim and with fastopt, side by side
+	@$(BIN)/python -m fastopt demo
+
+test: $(BUILT) $(STAMP)-test ## all tests
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: lint test ## what continuous integration runs: style, types, tests
+
+lint: $(BUILT) $(STAMP)-dev ## style and types only
+	@$(BIN)/ruff check --quiet --output-format concise .
+	@$(BIN)/ruff format --quiet --check . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/mypy --strict fastopt
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+bench: $(BUILT) $(STAMP)-test ## the speed tables on this machine's CPU
+	@$(BIN)/python -m bench cpu
+
+build: $(BUILT) $(STAMP)-dev ## environment for development, extension compiled in place
+
+wheel: $(HAVE_TORCH) ## a wheel for this Python and this torch, in dist/
+	@$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## remove what was built (not the environment)
+	@rm -rf build dist *.egg-info fastopt/_C.*.so $(BUILT)
+
+# What a build needs. torch alone is looked up at the second index, without its dependencies: should that index be out of
+# reach, it costs a second and a warning.
+$(HAVE_TORCH):
+	@echo "environment: $(TORCH) into $(VENV) (a large download)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "setuptools>=77" "ninja>=1.11"
+	@$(PIP) install --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	@touch $@
+
+# Through setuptools rather than pip: what the compiler does is seen, and a build without changes takes half a second.
+$(BUILT): $(HAVE_TORCH) setup.py $(CXX_SOURCES)
+	@echo "extension: compiling what has changed"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# torch is named again so that no dependency can replace it by another build.
+$(STAMP)-%: $(HAVE_TORCH) pyproject.toml | $(BUILT)
+	@echo "environment: fastopt[$*]"
+	@$(PIP) install --no-build-isolation "$(TORCH)" --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,11 @@
+"""Benchmarks that can be believed: `python -m bench cpu` measures, `python -m bench report` writes the README's tables.
+
+`cases` says what is raced, `contenders` and `peers` who races, `workload` builds the tensors, `race` holds the method,
+`streams` and `allocations` measure what is not a race, `records` owns the one CSV format and `report` turns CSV rows
+into tables and the plot.
+"""
+
+import os
+
+# torch's profiler (see allocations) prints two lines per use otherwise; it reads this when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")

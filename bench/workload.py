@@ -1,0 +1,84 @@
+"""From a `Workload` to tensors: parameters, gradients that every contender sees alike, the step that is timed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bench.cases import Workload
+from bench.contenders import Contender
+
+VALUE_SETS = 3
+# A prime number of random values, tiled: drawing 50 million of them takes longer than racing them, and no kernel's
+# time depends on them.
+TILE = 1_000_003
+
+
+class Tensors:
+    """Initial parameters and gradients, functions of the step alone: contenders that do the same work end alike."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._initial = self._values(0)
+        self._gradients = [self._values(1 + i) for i in range(VALUE_SETS)]
+        self._buffers = [
+            self._pieces(torch.empty(workload.numel, dtype=workload.dtype)) for _ in range(self._rewritten * 2)
+        ]
+
+    def parameters(self) -> list[Parameter]:
+        return [Parameter(piece.clone()) for piece in self._initial]
+
+    @property
+    def initial(self) -> Sequence[Tensor]:
+        return self._initial
+
+    def give_gradients(self, parameters: Sequence[Parameter], step: int) -> None:
+        """What zero_grad and backward would have left at this step: new tensors, at addresses that change."""
+        for p in parameters:
+            p.grad = None
+        values, absent = self._gradients[step % VALUE_SETS], self._absent(step)
+        for i, p in enumerate(parameters):
+            if i not in absent:
+                p.grad = self._buffers[step % 2][i].copy_(values[i]).detach() if self._rewritten else values[i].clone()
+
+    @property
+    def _rewritten(self) -> bool:
+        return self.workload.gradients == "rewritten"
+
+    def _absent(self, step: int) -> frozenset[int]:
+        """None at the first step, so that lazily created state is not part of what is timed later."""
+        count = len(self.workload.shapes)
+        chosen = random.Random(step).sample(range(count), round(count * self.workload.absent)) if step else ()
+        return frozenset(chosen)
+
+    def _values(self, seed: int) -> list[Tensor]:
+        numel, dtype = self.workload.numel, self.workload.dtype
+        tile = torch.randn(min(numel, TILE), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return self._pieces(tile.repeat(-(-numel // tile.numel()))[:numel])
+
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        shapes = self.workload.shapes
+        return [
+            piece.view(shape)
+            for piece, shape in zip(torch.split(flat, [torch.Size(s).numel() for s in shapes]), shapes, strict=True)
+        ]
+
+
+class OptimizerRunner:
+    """A contender at work on its own copy of the tensors."""
+
+    def __init__(self, contender: Contender, tensors: Tensors) -> None:
+        self.label = contender.label
+        self.tensors = tensors
+        self.parameters = tensors.parameters()
+        self.optimizer = contender.make(tensors.workload.deal(self.parameters))
+
+    def prepare(self, step: int) -> None:
+        self.tensors.give_gradients(self.parameters, step)
+
+    def run(self) -> None:
+        self.optimizer.step()

@@ -1,0 +1,254 @@
+// Splits the flat range of all elements over torch's threads and feeds each item's part to its kernel: directly where
+// the streams are dense and of the compute type, else tile by tile through an L1-sized scratch.
+#include "cpu_driver.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "chains.h"
+
+namespace fastopt {
+namespace {
+
+constexpr int64_t grain = 16384;    // elements below which a second thread costs more than it saves
+constexpr int64_t split_unit = 64;  // elements: parts of a tensor start on whole cache lines of every dtype
+
+template <class... Chains>
+std::vector<std::string> names(List<Chains...>) {
+  return {Chains::name()...};
+}
+
+const InstructionSet& choose() {
+#if defined(FASTOPT_X86_KERNELS)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const char* wish = std::getenv("FASTOPT_ISA");
+  if (wish && *wish) {
+    std::string name = wish;
+    if (name == "baseline") return baseline();
+    if (name == "avx2" && has_avx2) return avx2();
+    if (name == "avx512" && has_avx512) return avx512();
+    throw std::invalid_argument("FASTOPT_ISA=" + name + ": this CPU and build offer baseline" +
+                                (has_avx2 ? ", avx2" : "") + (has_avx512 ? ", avx512" : "") +
+                                "; unset it to choose automatically");
+  }
+  if (has_avx512) return avx512();
+  if (has_avx2) return avx2();
+#endif
+  return baseline();
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 4)
+    return instruction_set().f32;
+  else
+    return instruction_set().f64;
+}
+
+constexpr int64_t size_of(Dtype dtype) {
+  constexpr int64_t sizes[] = {4, 8, 2, 2};
+  return sizes[static_cast<int>(dtype)];
+}
+
+template <class T>
+constexpr Dtype compute_dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+
+// Calls f(offset into the stream, stride, count, position in the tile) for each run along the last dimension.
+template <class F>
+void for_runs(const Layout& layout, int stream, int64_t begin, int64_t n, F f) {
+  const auto& sizes = layout.sizes;
+  const auto& strides = layout.strides[stream];
+  const int dims = static_cast<int>(sizes.size());
+  int64_t at[max_dims], rest = begin, offset = 0;
+  for (int d = dims - 1; d >= 0; --d) {
+    at[d] = rest % sizes[d];
+    rest /= sizes[d];
+    offset += at[d] * strides[d];
+  }
+  const int last = dims - 1;
+  for (int64_t done = 0; done < n;) {
+    const int64_t count = std::min(n - done, sizes[last] - at[last]);
+    f(offset, strides[last], count, done);
+    done += count;
+    offset += count * strides[last];
+    at[last] += count;
+    for (int d = last; d > 0 && at[d] == sizes[d]; --d) {
+      offset += strides[d - 1] - sizes[d] * strides[d];
+      at[d] = 0;
+      ++at[d - 1];
+    }
+  }
+}
+
+template <class Raw>
+void gather(const Layout& layout, int stream, const void* from, int64_t begin, int64_t n, void* to) {
+  for_runs(layout, stream, begin, n, [&](int64_t offset, int64_t stride, int64_t count, int64_t at) {
+    for (int64_t i = 0; i < count; ++i)
+      static_cast<Raw*>(to)[at + i] = static_cast<const Raw*>(from)[offset + i * stride];
+  });
+}
+
+template <class Raw>
+void scatter(const Layout& layout, int stream, void* to, int64_t begin, int64_t n, const void* from) {
+  for_runs(layout, stream, begin, n, [&](int64_t offset, int64_t stride, int64_t count, int64_t at) {
+    for (int64_t i = 0; i < count; ++i)
+      static_cast<Raw*>(to)[offset + i * stride] = static_cast<const Raw*>(from)[at + i];
+  });
+}
+
+// One stream of an item, seen tile by tile in the compute type.
+template <class T>
+struct Stream {
+  void* data;
+  Dtype dtype;
+  const Layout* layout;
+  int index;
+  alignas(64) T scratch[tile_length];
+  alignas(64) unsigned char raw[tile_length * 8];
+
+  bool in_place() const { return !layout && dtype == compute_dtype<T>; }
+  char* at(int64_t i) const { return static_cast<char*>(data) + i * size_of(dtype); }
+
+  T* open(int64_t begin, int64_t n) {
+    if (in_place()) return reinterpret_cast<T*>(at(begin));
+    const void* from = at(begin);
+    if (layout) {
+      if (size_of(dtype) == 2) gather<uint16_t>(*layout, index, data, begin, n, raw);
+      if (size_of(dtype) == 4) gather<uint32_t>(*layout, index, data, begin, n, raw);
+      if (size_of(dtype) == 8) gather<uint64_t>(*layout, index, data, begin, n, raw);
+      from = raw;
+    }
+    kernels<T>().load(dtype, from, scratch, n);
+    return scratch;
+  }
+
+  void close(int64_t begin, int64_t n) {
+    if (in_place()) return;
+    kernels<T>().store(dtype, scratch, layout ? static_cast<void*>(raw) : at(begin), n);
+    if (!layout) return;
+    if (size_of(dtype) == 2) scatter<uint16_t>(*layout, index, data, begin, n, raw);
+    if (size_of(dtype) == 4) scatter<uint32_t>(*layout, index, data, begin, n, raw);
+    if (size_of(dtype) == 8) scatter<uint64_t>(*layout, index, data, begin, n, raw);
+  }
+};
+
+template <class T>
+void run_direct(const Item& item, int64_t begin, int64_t end, T shift) {
+  Run<T> run{static_cast<T*>(item.p) + begin,
+             static_cast<const T*>(item.g) + begin,
+             {},
+             static_cast<const T*>(item.row),
+             shift,
+             end - begin};
+  for (int k = 0; k < item.slots; ++k) run.s[k] = static_cast<T*>(item.s[k]) + begin;
+  kernels<T>().update[item.chain](run);
+}
+
+template <class T>
+void run_tiles(const Item& item, int64_t begin, int64_t end, T shift) {
+  Stream<T> p{item.p, item.p_dtype, item.layout, 0};
+  Stream<T> g{const_cast<void*>(item.g), item.g_dtype, item.layout, 1};
+  Stream<T> s[max_slots];
+  for (int k = 0; k < item.slots; ++k) {
+    s[k].data = item.s[k];
+    s[k].dtype = item.s_dtype[k];
+    s[k].layout = item.layout;
+    s[k].index = 2 + k;
+  }
+  for (int64_t i = begin; i < end; i += tile_length) {
+    const int64_t n = std::min(tile_length, end - i);
+    Run<T> run{p.open(i, n), g.open(i, n), {}, static_cast<const T*>(item.row), shift, n};
+    for (int k = 0; k < item.slots; ++k) run.s[k] = s[k].open(i, n);
+    kernels<T>().update[item.chain](run);
+    p.close(i, n);
+    for (int k = 0; k < item.slots; ++k) s[k].close(i, n);
+  }
+}
+
+template <class T>
+void run_part(const Item& item, int64_t begin, int64_t end, T shift) {
+  if (item.direct)
+    run_direct<T>(item, begin, end, shift);
+  else
+    run_tiles<T>(item, begin, end, shift);
+}
+
+// The mean of one slice of the gradient: summed without error in float64, rounded once to the compute type.
+template <class T>
+T mean(const Item& item, int64_t begin, int64_t n) {
+  ExactSum sum;
+  Stream<T> g{const_cast<void*>(item.g), item.g_dtype, item.layout, 1};
+  const int64_t step = g.in_place() ? n : tile_length;
+  for (int64_t i = 0; i < n; i += step) {
+    const int64_t m = std::min(step, n - i);
+    kernels<T>().accumulate(sum, g.open(begin + i, m), m);
+  }
+  double hi = 0, lo = 0;
+  for (int k = 0; k < ExactSum::lanes; ++k) {
+    const double t = hi + sum.hi[k], z = t - hi;
+    lo += (hi - (t - z)) + (sum.hi[k] - z) + sum.lo[k];
+    hi = t;
+  }
+  // Infinities leave NaN in the error term; the plain sum then has the right value.
+  const double total = hi + lo, plain = total == total ? total : hi;
+  return static_cast<T>(plain / static_cast<double>(n));
+}
+
+template <class T>
+void run_rows(const Item& item, int64_t begin, int64_t end) {
+  const int64_t length = item.n / item.rows;
+  for (int64_t i = begin; i < end; i += length) run_part<T>(item, i, i + length, mean<T>(item, i, length));
+}
+
+template <class T>
+void run_item(const Item& item, int64_t begin, int64_t end) {
+  if (item.rows > 0)
+    run_rows<T>(item, begin, end);
+  else
+    run_part<T>(item, begin, end, T(0));
+}
+
+// Where a part may start: whole cache lines, or whole slices where the gradient is centralised.
+int64_t snap(const Item& item, int64_t at) {
+  const int64_t unit = item.rows > 0 ? item.n / item.rows : split_unit;
+  return std::min(item.n, (at + unit - 1) / unit * unit);
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = choose();
+  return chosen;
+}
+
+std::vector<std::string> chain_names() { return names(Chains{}); }
+
+void CpuDriver::run(const std::vector<Item>& items) {
+  begins_.clear();
+  int64_t total = 0;
+  for (const Item& item : items) {
+    begins_.push_back(total);
+    total += item.n;
+  }
+  at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
+    for (; i < items.size() && begins_[i] < end; ++i) {
+      const Item& item = items[i];
+      const int64_t first = snap(item, std::max<int64_t>(0, begin - begins_[i]));
+      const int64_t last = snap(item, std::min(item.n, end - begins_[i]));
+      if (first >= last) continue;
+      if (item.wide)
+        run_item<double>(item, first, last);
+      else
+        run_item<float>(item, first, last);
+    }
+  });
+}
+
+}  // namespace fastopt

@@ -1,0 +1,50 @@
+// Runs a list of work items on the CPU: one flat range of elements, split over torch's threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace fastopt {
+
+inline constexpr int max_dims = 64;
+
+// Strides of every stream over one shape, for tensors that do not share one dense layout. Elements are visited in
+// row-major order of the shape.
+struct Layout {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides[2 + max_slots];  // p, g, state...
+};
+
+struct Item {
+  void* p;
+  const void* g;
+  void* s[max_slots];
+  const void* row;       // float or double coefficients, as `wide` says
+  const Layout* layout;  // null: all streams are dense and share their strides
+  int64_t n;
+  int64_t rows;  // > 0: the gradient is centralised over this many leading slices
+  int16_t chain;
+  int8_t slots;
+  bool wide;    // computes in double
+  bool direct;  // dense, and every stream already has the compute type
+  Dtype p_dtype, g_dtype, s_dtype[max_slots];
+};
+
+// What the process runs on: the widest instruction set that was compiled and that this CPU has, or the one named by
+// the environment variable FASTOPT_ISA (for tests: results must not depend on it).
+const InstructionSet& instruction_set();
+
+std::vector<std::string> chain_names();
+
+class CpuDriver {
+ public:
+  void run(const std::vector<Item>& items);
+
+ private:
+  std::vector<int64_t> begins_;  // first element of each item in the flat range; kept to avoid allocation
+};
+
+}  // namespace fastopt

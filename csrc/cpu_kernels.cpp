@@ -1,0 +1,200 @@
+// Every chain as a CPU kernel for one instruction set, FASTOPT_ISA. The compiler vectorises the shared stages; results
+// do not depend on the vector width because contraction is off and every stage operation is correctly rounded.
+#include "cpu_kernels.h"
+
+#include <cstring>
+
+#include "chains.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fastopt {
+namespace {
+
+// Elements between prefetches, and how far ahead they reach (measured best on one 50M-element tensor; see
+// docs/numbers.md for why this cannot change a result).
+constexpr int64_t block = 256;
+constexpr int64_t ahead = 512 / 4;
+
+template <class T>
+inline void prefetch(const T* stream, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(stream + ahead + i, 1, 3);
+}
+
+template <class Chain, class T>
+void update(const Run<T>& run) {
+  constexpr int S = Chain::slots, C = Chain::coefficients;
+  static_assert(S <= max_slots && C <= max_coefficients);
+  T* const p = run.p;
+  const T* const g = run.g;
+  T* s[S + 1];
+  for (int k = 0; k < S; ++k) s[k] = run.s[k];
+  T c[C + 1];
+  for (int k = 0; k < C; ++k) c[k] = run.row[k];
+  const T shift = run.shift;
+
+  for (int64_t i = 0; i < run.n; i += block) {
+    const int64_t m = run.n - i < block ? run.n - i : block;
+    if (m == block) {
+      prefetch(p + i, m);
+      prefetch(g + i, m);
+      for (int k = 0; k < S; ++k) prefetch(s[k] + i, m);
+    }
+    // Streams never overlap except element by element (the plan sends overlapping parameters elsewhere).
+#pragma GCC ivdep
+    for (int64_t j = i; j < i + m; ++j) {
+      T x = p[j], d = g[j] - shift, v[S + 1];
+      for (int k = 0; k < S; ++k) v[k] = s[k][j];
+      Chain::apply(x, d, v, c);
+      p[j] = x;
+      for (int k = 0; k < S; ++k) s[k][j] = v[k];
+    }
+  }
+}
+
+uint32_t bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
+}
+float from_bits(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+// Rounding to odd, so that a second rounding from float to 16 bits is the only one.
+float narrow(float x) { return x; }
+float narrow(double x) {
+  float f = static_cast<float>(x);
+  double back = f;
+  uint32_t u = bits(f);
+  if (back == x || x != x || (u & 1) || (u & 0x7f800000u) == 0x7f800000u) return f;
+  return from_bits((back < x) == (f >= 0) ? u + 1 : u - 1);
+}
+
+float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
+uint16_t to_bf16(float x) {
+  uint32_t u = bits(x);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+float from_f16(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  // Shift exponent and mantissa into place; the multiplication by 2^112 rebiases normals and normalises subnormals.
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  float scaled = from_bits(magnitude) * 0x1p112f;
+  if ((h & 0x7c00u) == 0x7c00u) scaled = from_bits(magnitude | 0x7f800000u);
+  return from_bits(bits(scaled) | sign);
+#endif
+}
+uint16_t to_f16(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t u = bits(x), sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (u >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (u < 0x38800000u) return static_cast<uint16_t>(sign | (bits(from_bits(u) + 0.5f) - bits(0.5f)));
+  u += 0xfffu + ((u >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((u - 0x38000000u) >> 13));
+#endif
+}
+
+template <class T>
+void load(Dtype dtype, const void* from, T* to, int64_t n) {
+  switch (dtype) {
+    case Dtype::f32:
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(static_cast<const float*>(from)[i]);
+      break;
+    case Dtype::f64:
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(static_cast<const double*>(from)[i]);
+      break;
+    case Dtype::bf16:
+      for (int64_t i = 0; i < n; ++i) to[i] = from_bf16(static_cast<const uint16_t*>(from)[i]);
+      break;
+    case Dtype::f16: {
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8)
+          _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(
+                                       reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i))));
+#endif
+      for (; i < n; ++i) to[i] = from_f16(static_cast<const uint16_t*>(from)[i]);
+      break;
+    }
+  }
+}
+
+template <class T>
+void store(Dtype dtype, const T* from, void* to, int64_t n) {
+  switch (dtype) {
+    case Dtype::f32:
+      for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[i] = static_cast<float>(from[i]);
+      break;
+    case Dtype::f64:
+      for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = from[i];
+      break;
+    case Dtype::bf16:
+      for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(narrow(from[i]));
+      break;
+    case Dtype::f16: {
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(to) + i),
+                           _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+      for (; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_f16(narrow(from[i]));
+      break;
+    }
+  }
+}
+
+// Knuth's two-sum in every lane.
+template <class T>
+void accumulate(ExactSum& sum, const T* x, int64_t n) {
+  constexpr int L = ExactSum::lanes;
+  double hi[L], lo[L];
+  std::memcpy(hi, sum.hi, sizeof hi);
+  std::memcpy(lo, sum.lo, sizeof lo);
+  for (int64_t i = 0; i < n; i += L) {
+    const int m = n - i < L ? static_cast<int>(n - i) : L;
+    for (int k = 0; k < L; ++k) {
+      const double a = hi[k], b = k < m ? static_cast<double>(x[i + (k < m ? k : 0)]) : 0.0;
+      const double t = a + b, z = t - a;
+      lo[k] += (a - (t - z)) + (b - z);
+      hi[k] = t;
+    }
+  }
+  std::memcpy(sum.hi, hi, sizeof hi);
+  std::memcpy(sum.lo, lo, sizeof lo);
+}
+
+template <class T, class... Chains>
+constexpr typename Kernels<T>::Update table[sizeof...(Chains)] = {update<Chains, T>...};
+
+template <class T, class... Chains>
+constexpr Kernels<T> kernels(List<Chains...>) {
+  return {table<T, Chains...>, load<T>, store<T>, accumulate<T>};
+}
+
+}  // namespace
+
+#define FASTOPT_TEXT_(x) #x
+#define FASTOPT_TEXT(x) FASTOPT_TEXT_(x)
+
+const InstructionSet& FASTOPT_ISA() {
+  static constexpr InstructionSet set{FASTOPT_TEXT(FASTOPT_ISA), kernels<float>(Chains{}), kernels<double>(Chains{})};
+  return set;
+}
+
+}  // namespace fastopt

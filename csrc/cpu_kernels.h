@@ -1,0 +1,53 @@
+// The CPU kernels' interface: plain functions on contiguous runs, one table of them per instruction set.
+// No torch header here: cpu_kernels.cpp is compiled once per instruction set, and inline functions shared with other
+// units could be merged by the linker into code that an older CPU cannot execute.
+#pragma once
+
+#include <cstdint>
+
+namespace fastopt {
+
+inline constexpr int max_slots = 4;          // state tensors of the longest chain
+inline constexpr int max_coefficients = 16;  // coefficients of the longest chain
+inline constexpr int64_t tile_length = 512;  // elements converted at a time: six streams of them stay in a 32 KB L1
+
+enum class Dtype : int8_t { f32, f64, bf16, f16 };
+
+// One contiguous run of elements of compute type T.
+template <class T>
+struct Run {
+  T* p;
+  const T* g;
+  T* s[max_slots];
+  const T* row;  // coefficients
+  T shift;       // subtracted from every gradient: a row mean, or 0
+  int64_t n;
+};
+
+// Error-free summation in pairs of doubles: its rounded total does not depend on the order of the terms.
+struct ExactSum {
+  static constexpr int lanes = 8;
+  double hi[lanes] = {};
+  double lo[lanes] = {};
+};
+
+template <class T>
+struct Kernels {
+  using Update = void (*)(const Run<T>&);
+  const Update* update;                                      // by chain
+  void (*load)(Dtype, const void* from, T* to, int64_t n);   // widen to the compute type
+  void (*store)(Dtype, const T* from, void* to, int64_t n);  // one rounding to nearest even
+  void (*accumulate)(ExactSum&, const T* x, int64_t n);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const InstructionSet& baseline();
+const InstructionSet& avx2();
+const InstructionSet& avx512();
+
+}  // namespace fastopt

@@ -1,0 +1,68 @@
+// fastopt._C: the Python face of the extension, and the only unit that includes torch's Python headers (27 s).
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "plan.h"
+
+namespace fastopt {
+
+bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
+c10::TensorImpl* impl_of(PyObject* tensor) { return THPVariable_Unpack(tensor).unsafeGetTensorImpl(); }
+
+}  // namespace fastopt
+
+namespace {
+
+using fastopt::Plan;
+
+template <class F>
+auto translated(F f) {
+  try {
+    return f();
+  } catch (const fastopt::PythonError&) {
+    throw py::error_already_set();
+  }
+}
+
+// The plan holds parameters, and a parameter's hooks may hold the optimizer that holds the plan: the garbage collector
+// must be able to see through it.
+void collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    auto* instance = reinterpret_cast<py::detail::instance*>(self);
+    if (!instance->get_value_and_holder().holder_constructed()) return 0;
+    return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    auto* instance = reinterpret_cast<py::detail::instance*>(self);
+    if (instance->get_value_and_holder().holder_constructed()) py::cast<Plan&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  // Read from the file before it is loaded (fastopt/backends/native.py).
+  static const char stamp[] = "fastopt built for torch " FASTOPT_TORCH_VERSION;
+  m.attr("torch_version") = std::string(stamp).substr(sizeof "fastopt built for torch " - 1);
+  m.def("chain_names", &fastopt::chain_names);
+  m.def("instruction_set", [] { return fastopt::instruction_set().name; });
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
+      .def(py::init([](py::object hyper, py::object counters, py::object ignored, py::object intern) {
+        return translated(
+            [&] { return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr()); });
+      }))
+      .def("build",
+           [](Plan& plan, py::object groups, py::object state, py::object native, py::object rows, py::object fresh) {
+             translated([&] { plan.build(groups.ptr(), state.ptr(), native.ptr(), rows.ptr(), fresh.ptr()); });
+           })
+      .def("gather",
+           [](Plan& plan, py::object groups, py::object state, py::object sync) {
+             return translated([&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()); }) ==
+                    fastopt::Verdict::ready;
+           })
+      .def("launch", &Plan::launch)
+      .def("items", &Plan::items);
+}

@@ -1,0 +1,576 @@
+#include "plan.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+namespace fastopt {
+namespace {
+
+constexpr size_t most_rows = 4096;          // rows and settings kept before the memo starts afresh
+constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
+
+PyObject* interned(const char* text) {
+  PyObject* name = PyUnicode_InternFromString(text);
+  if (!name) throw PythonError{};
+  return name;
+}
+
+struct Names {
+  PyObject *params = interned("params"), *layout = interned("layout"), *slots = interned("slots"),
+           *row = interned("row");
+};
+const Names& names() {
+  static const Names instance;
+  return instance;
+}
+
+std::vector<Ref> sequence(PyObject* object) {
+  Ref fast = Ref::steal(PySequence_Fast(object, "fastopt: a sequence was expected"));
+  std::vector<Ref> items;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.get()); ++i)
+    items.emplace_back(PySequence_Fast_GET_ITEM(fast.get(), i));
+  return items;
+}
+
+bool holds(const std::vector<Ref>& refs, PyObject* object) {
+  return std::any_of(refs.begin(), refs.end(), [&](const Ref& ref) { return ref.get() == object; });
+}
+
+bool is_immutable_number(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
+      if (!is_immutable_number(PyTuple_GET_ITEM(value, i))) return false;
+    return true;
+  }
+  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
+}
+
+bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype) {
+  switch (impl->dtype().toScalarType()) {
+    case c10::ScalarType::Float:
+      *dtype = Dtype::f32;
+      return true;
+    case c10::ScalarType::Double:
+      *dtype = Dtype::f64;
+      return true;
+    case c10::ScalarType::BFloat16:
+      *dtype = Dtype::bf16;
+      return true;
+    case c10::ScalarType::Half:
+      *dtype = Dtype::f16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Memory the CPU kernels can read: strided, on the CPU, of a known dtype, no subclass that intercepts operations, no
+// pending conjugation or negation. The key set decides all but the dtype, and most tensors share one.
+bool is_plain(const c10::TensorImpl* impl) {
+  thread_local c10::DispatchKeySet last;
+  const c10::DispatchKeySet keys = impl->key_set();
+  if (keys == last) return true;
+  if (!impl->device().is_cpu() || impl->layout() != c10::Layout::Strided || !impl->has_storage() ||
+      keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Conjugate) ||
+      keys.has(c10::DispatchKey::Negative) || keys.has(c10::DispatchKey::ZeroTensor))
+    return false;
+  last = keys;
+  return true;
+}
+
+void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
+
+bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
+  const auto sizes = a->sizes(), as = a->strides(), bs = b->strides();
+  if (sizes != b->sizes()) return false;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && as[d] != bs[d]) return false;
+  return true;
+}
+
+void bump(c10::TensorImpl* impl) {
+  if (impl->version_counter().enabled()) impl->bump_version();
+}
+
+}  // namespace
+
+double Plan::read(const Counter& counter) {
+  switch (counter.kind) {
+    case CounterKind::f32:
+      return *static_cast<const float*>(counter.data);
+    case CounterKind::f64:
+      return *static_cast<const double*>(counter.data);
+    case CounterKind::i32:
+      return *static_cast<const int32_t*>(counter.data);
+    default:
+      return static_cast<double>(*static_cast<const int64_t*>(counter.data));
+  }
+}
+
+void Plan::write(const Counter& counter, double value) {
+  switch (counter.kind) {
+    case CounterKind::f32:
+      *static_cast<float*>(counter.data) = static_cast<float>(value);
+      break;
+    case CounterKind::f64:
+      *static_cast<double*>(counter.data) = value;
+      break;
+    case CounterKind::i32:
+      *static_cast<int32_t*>(counter.data) = static_cast<int32_t>(value);
+      break;
+    default:
+      *static_cast<int64_t*>(counter.data) = static_cast<int64_t>(value);
+  }
+}
+
+Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern)
+    : hyper_(sequence(hyper)),
+      counter_keys_(sequence(counters)),
+      ignored_(sequence(ignored)),
+      intern_(intern),
+      settings_(Ref::steal(PyDict_New())) {
+  if (counter_keys_.size() > 2) throw std::invalid_argument("fastopt: at most two counters per parameter");
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  auto refs = [&](const std::vector<Ref>& list) {
+    for (const Ref& ref : list) Py_VISIT(ref.get());
+    return 0;
+  };
+  for (const Row& row : rows_) Py_VISIT(row.setting.get());
+  for (const Entry& entry : entries_) Py_VISIT(entry.param.get());
+  Py_VISIT(intern_.get());
+  Py_VISIT(settings_.get());
+  if (int result = refs(walk_)) return result;
+  for (const Group& group : groups_) {
+    Py_VISIT(group.dict.get());
+    Py_VISIT(group.params.get());
+    Py_VISIT(group.setting.get());
+    Py_VISIT(group.layout.get());
+    if (int result = refs(group.items)) return result;
+  }
+  return 0;
+}
+
+void Plan::clear() {
+  built_ = false;
+  items_.clear();
+  active_.clear();
+  memo_.clear();
+  // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
+  const auto entries = std::exchange(entries_, {});
+  const auto rows = std::exchange(rows_, {});
+  const auto groups = std::exchange(groups_, {});
+  const auto walk = std::exchange(walk_, {});
+}
+
+// The setting of a group: looked up by the values of its hyper-parameters when all are immutable numbers, else asked of
+// Python, which also resolves tensors and lists.
+Ref Plan::setting_of(PyObject* dict, bool* immutable) {
+  Ref key = Ref::steal(PyTuple_New(static_cast<Py_ssize_t>(hyper_.size())));
+  *immutable = true;
+  for (size_t i = 0; i < hyper_.size(); ++i) {
+    PyObject* value = PyDict_GetItemWithError(dict, hyper_[i].get());
+    if (!value && PyErr_Occurred()) throw PythonError{};
+    if (!value) value = Py_None;
+    if (!is_immutable_number(value)) *immutable = false;
+    Py_INCREF(value);
+    PyTuple_SET_ITEM(key.get(), static_cast<Py_ssize_t>(i), value);
+  }
+  if (!*immutable) return Ref::steal(PyObject_CallOneArg(intern_.get(), dict));
+  if (PyObject* known = PyDict_GetItemWithError(settings_.get(), key.get())) return Ref(known);
+  if (PyErr_Occurred()) throw PythonError{};
+  Ref setting = Ref::steal(PyObject_CallOneArg(intern_.get(), dict));
+  if (PyDict_SetItem(settings_.get(), key.get(), setting.get()) < 0) throw PythonError{};
+  return setting;
+}
+
+void Plan::record_group(Group& group, PyObject* dict) {
+  group.dict = Ref(dict);
+  group.items.clear();
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(dict, &at, &key, &value)) {
+    group.items.emplace_back(key);
+    group.items.emplace_back(holds(ignored_, key) ? nullptr : value);
+  }
+}
+
+// Whether the group still has the structure the plan was built for; refreshes its setting when a value changed.
+bool Plan::check_group(Group& group, PyObject* dict) {
+  if (dict != group.dict.get()) return false;
+  bool same = group.immutable && static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 == group.items.size();
+  PyObject *key, *value, *params = nullptr;
+  Py_ssize_t at = 0;
+  for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2) {
+    if (key == names().params) params = value;
+    if (same && (key != group.items[i].get() || (group.items[i + 1] && value != group.items[i + 1].get())))
+      same = false;
+  }
+  if (!params) params = PyDict_GetItemWithError(dict, names().params);
+  if (!params || params != group.params.get()) return false;
+  if (!PyList_CheckExact(params) && !PyTuple_CheckExact(params)) return false;
+  if (static_cast<size_t>(Py_SIZE(params)) != group.count) return false;
+  PyObject** objects = PySequence_Fast_ITEMS(params);
+  for (size_t i = 0; i < group.count; ++i)
+    if (objects[i] != entries_[group.first + i].param.get()) return false;
+  if (same) return true;
+
+  group.setting = setting_of(dict, &group.immutable);
+  Ref layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
+  if (layout.get() != group.layout.get()) return false;
+  record_group(group, dict);
+  group.last_row = nullptr;
+  return true;
+}
+
+// Walks optimizer.state and every state the plan knows, in order, comparing identities.
+bool Plan::check_state(PyObject* state) const {
+  size_t i = 0;
+  PyObject *param, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(state, &at, &param, &value)) {
+    if (i + 3 > walk_.size() || walk_[i].get() != param || walk_[i + 1].get() != value) return false;
+    const bool deep = static_cast<bool>(walk_[i + 2]);
+    i += 3;
+    if (!deep) continue;
+    PyObject *key, *tensor;
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(value, &inner, &key, &tensor)) {
+      if (i + 2 > walk_.size() || walk_[i].get() != key || walk_[i + 1].get() != tensor) return false;
+      i += 2;
+    }
+    if (i >= walk_.size() || walk_[i]) return false;  // a null reference ends each state
+    ++i;
+  }
+  return i == walk_.size();
+}
+
+// Whether the memory behind p, its states and its counters is still the memory the plan recorded.
+bool Plan::check_tensors(const Entry& entry) const {
+  const c10::TensorImpl* p = impl_of(entry.param.get());
+  Dtype dtype;
+  if (p != entry.impl || data_of(p) != entry.data || p->numel() != entry.n || !dtype_of(p, &dtype) ||
+      dtype != entry.dtype || p->is_contiguous() != entry.contiguous)
+    return false;
+  for (int k = 0; k < entry.slot_count; ++k) {
+    const Slot& slot = entry.slots[k];
+    const c10::TensorImpl* s = impl_of(slot.object);
+    if (s != slot.impl || data_of(s) != slot.data || s->numel() != entry.n || !dtype_of(s, &dtype) ||
+        dtype != slot.dtype || (!entry.layout && s->is_contiguous() != entry.contiguous))
+      return false;
+  }
+  for (int k = 0; k < entry.counter_count; ++k) {
+    const Counter& counter = entry.counters[k];
+    const c10::TensorImpl* c = impl_of(counter.object);
+    if (c != counter.impl || data_of(c) != counter.data) return false;
+  }
+  if (entry.contiguous && !entry.layout) return true;
+  // Strides may change where neither address nor size does: compare them too.
+  if (!entry.layout) {
+    for (int k = 0; k < entry.slot_count; ++k)
+      if (!same_strides(p, entry.slots[k].impl)) return false;
+    return p->is_non_overlapping_and_dense();
+  }
+  if (p->sizes() != c10::IntArrayRef(entry.layout->sizes)) return false;
+  if (p->strides() != c10::IntArrayRef(entry.layout->strides[0])) return false;
+  for (int k = 0; k < entry.slot_count; ++k)
+    if (entry.slots[k].impl->strides() != c10::IntArrayRef(entry.layout->strides[2 + k])) return false;
+  return true;
+}
+
+bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
+  if (slot_keys.size() > static_cast<size_t>(max_slots)) throw std::invalid_argument("fastopt: too many state tensors");
+  for (const Ref& key : slot_keys) {
+    PyObject* object = PyDict_GetItemWithError(state, key.get());
+    if (!object) return false;
+    if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
+    Slot& slot = entry.slots[entry.slot_count++];
+    slot = {object, impl_of(object), nullptr, Dtype::f32};
+    if (!is_plain(slot.impl) || !dtype_of(slot.impl, &slot.dtype) || slot.impl->sizes() != entry.impl->sizes())
+      throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
+    slot.data = data_of(slot.impl);
+  }
+  for (const Ref& key : counter_keys_) {
+    PyObject* object = PyDict_GetItemWithError(state, key.get());
+    if (!object) return false;
+    if (!is_tensor(object)) throw std::invalid_argument("fastopt: a counter is not a tensor");
+    Counter& counter = entry.counters[entry.counter_count++];
+    counter = {object, impl_of(object), nullptr, CounterKind::f32};
+    if (!is_plain(counter.impl) || counter.impl->numel() != 1)
+      throw std::invalid_argument("fastopt: a counter is not a single number on the CPU");
+    switch (counter.impl->dtype().toScalarType()) {
+      case c10::ScalarType::Float:
+        counter.kind = CounterKind::f32;
+        break;
+      case c10::ScalarType::Double:
+        counter.kind = CounterKind::f64;
+        break;
+      case c10::ScalarType::Int:
+        counter.kind = CounterKind::i32;
+        break;
+      case c10::ScalarType::Long:
+        counter.kind = CounterKind::i64;
+        break;
+      default:
+        throw std::invalid_argument("fastopt: a counter has an unsupported dtype");
+    }
+    counter.data = data_of(counter.impl);
+  }
+  return true;
+}
+
+// Decides between one flat run of memory and an element walk over strides.
+void Plan::lay_out(Entry& entry) {
+  bool flat = entry.impl->is_non_overlapping_and_dense();
+  entry.one_dtype = entry.dtype == Dtype::f32 || entry.dtype == Dtype::f64;
+  for (int k = 0; k < entry.slot_count; ++k) {
+    flat = flat && same_strides(entry.impl, entry.slots[k].impl);
+    entry.one_dtype = entry.one_dtype && entry.slots[k].dtype == entry.dtype;
+  }
+  const auto sizes = entry.impl->sizes(), strides = entry.impl->strides();
+  if (entry.rows > 0 && entry.rows != sizes[0]) throw std::invalid_argument("fastopt: rows is not the first dimension");
+  entry.rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
+  if (flat && entry.rows_contiguous) return;
+  if (sizes.size() > static_cast<size_t>(max_dims)) throw std::invalid_argument("fastopt: too many dimensions");
+  entry.layout = std::make_unique<Layout>();
+  entry.layout->sizes = sizes.vec();
+  entry.layout->strides[0] = strides.vec();
+  for (int k = 0; k < entry.slot_count; ++k) entry.layout->strides[2 + k] = entry.slots[k].impl->strides().vec();
+}
+
+void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
+  entry.impl = impl_of(entry.param.get());
+  if (!is_plain(entry.impl) || !dtype_of(entry.impl, &entry.dtype))
+    throw std::invalid_argument("fastopt: a parameter that the CPU kernels cannot take was planned for them");
+  entry.n = entry.impl->numel();
+  entry.data = data_of(entry.impl);
+  entry.contiguous = entry.impl->is_contiguous();
+  PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
+  if (!own && PyErr_Occurred()) throw PythonError{};
+  if (slot_keys.empty() && counter_keys_.empty())
+    entry.has_state = true;
+  else
+    entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys);
+  if (!entry.has_state) entry.slot_count = entry.counter_count = 0;
+  lay_out(entry);
+}
+
+void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
+  if (running_) throw std::runtime_error("fastopt: this optimizer is inside step() in another thread");
+  clear();
+  trim();
+  const std::vector<Ref> dicts = sequence(groups), natives = sequence(native), row_counts = sequence(rows),
+                         freshes = sequence(fresh);
+  size_t total = 0;
+  for (const Ref& dict : dicts)
+    total += static_cast<size_t>(PyObject_Length(PyDict_GetItem(dict.get(), names().params)));
+  entries_.reserve(total);
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    Group group;
+    record_group(group, dicts[i].get());
+    group.params = Ref(PyDict_GetItem(dicts[i].get(), names().params));
+    group.setting = setting_of(dicts[i].get(), &group.immutable);
+    group.layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
+    group.first = entries_.size();
+    const std::vector<Ref> slot_keys = sequence(Ref::steal(PyObject_GetAttr(group.setting.get(), names().slots)).get());
+    const std::vector<Ref> params = sequence(group.params.get());
+    const std::vector<Ref> takes = sequence(natives[i].get()), counts = sequence(row_counts[i].get()),
+                           news = sequence(freshes[i].get());
+    group.count = params.size();
+    for (size_t k = 0; k < params.size(); ++k) {
+      Entry& entry = entries_.emplace_back();
+      entry.param = params[k];
+      entry.native = takes[k].get() == Py_True;
+      entry.fresh = news[k].get() == Py_True;
+      entry.rows = PyLong_AsLongLong(counts[k].get());
+      if (entry.native) build_entry(entry, state, slot_keys);
+    }
+    groups_.push_back(std::move(group));
+  }
+
+  std::unordered_map<PyObject*, bool> deep;
+  for (const Entry& entry : entries_) deep[entry.param.get()] = entry.native;
+  PyObject *param, *value, *key, *tensor;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(state, &at, &param, &value)) {
+    const bool walk = deep.count(param) && deep[param] && PyDict_Check(value);
+    walk_.emplace_back(param);
+    walk_.emplace_back(value);
+    walk_.emplace_back(walk ? Py_True : nullptr);
+    if (!walk) continue;
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(value, &inner, &key, &tensor)) {
+      walk_.emplace_back(key);
+      walk_.emplace_back(tensor);
+    }
+    walk_.emplace_back();
+  }
+  built_ = true;
+}
+
+// Keeps the memo of rows and settings bounded under schedulers that never repeat a value.
+void Plan::trim() {
+  if (rows_.size() > most_rows || memo_.size() > most_rows) {
+    memo_.clear();
+    rows_.clear();
+    for (Group& group : groups_) group.last_row = nullptr;
+  }
+  if (static_cast<size_t>(PyDict_GET_SIZE(settings_.get())) > most_rows) {
+    // Rows are keyed by the address of a setting, so both memos go together.
+    memo_.clear();
+    rows_.clear();
+    for (Group& group : groups_) group.last_row = nullptr;
+    PyDict_Clear(settings_.get());
+  }
+}
+
+const Plan::Row* Plan::compute_row(const RowKey& key) {
+  Ref t = Ref::steal(PyFloat_FromDouble(key.t)), carry = Ref::steal(PyFloat_FromDouble(key.carry));
+  Ref result =
+      Ref::steal(PyObject_CallMethodObjArgs(key.setting, names().row, t.get(), carry.get(),
+                                            key.single ? Py_True : Py_False, key.sync ? Py_True : Py_False, nullptr));
+  long chain, first_slot, slots;
+  double next;
+  PyObject* values;
+  if (!PyArg_ParseTuple(result.get(), "lllO!d", &chain, &first_slot, &slots, &PyTuple_Type, &values, &next))
+    throw PythonError{};
+  const Py_ssize_t n = PyTuple_GET_SIZE(values);
+  if (n > max_coefficients) throw std::invalid_argument("fastopt: too many coefficients");
+  Row& row = rows_.emplace_back();
+  row.setting = Ref(key.setting);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    row.f64[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(values, i));
+    if (row.f64[i] == -1.0 && PyErr_Occurred()) throw PythonError{};
+    row.f32[i] = static_cast<float>(row.f64[i]);
+  }
+  row.carry = next;
+  row.chain = static_cast<int16_t>(chain);
+  row.first_slot = static_cast<int8_t>(first_slot);
+  row.slots = static_cast<int8_t>(slots);
+  return &row;
+}
+
+const Plan::Row* Plan::row_for(Group& group, const RowKey& key) {
+  if (group.last_row && group.last_key == key) return group.last_row;
+  auto found = memo_.find(key);
+  const Row* row = found != memo_.end() ? found->second : (memo_[key] = compute_row(key));
+  group.last_key = key;
+  group.last_row = row;
+  return row;
+}
+
+bool Plan::add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, bool sync) {
+  Dtype g_dtype = entry.dtype;
+  bool flat = !entry.layout, same_dtype = entry.one_dtype;
+  if (grad) {
+    if (!is_plain(grad) || !dtype_of(grad, &g_dtype) || grad->sizes() != entry.impl->sizes()) return false;
+    if (!(entry.contiguous && grad->is_contiguous())) flat = flat && same_strides(entry.impl, grad);
+    same_dtype = same_dtype && g_dtype == entry.dtype;
+  }
+  RowKey key{group.setting.get(), 0, 0, true, sync};
+  if (grad) {
+    // A rule without a counter knows its first step by the state that was just created for it.
+    key.t = entry.counter_count > 0 ? read(entry.counters[0]) + 1 : entry.fresh ? 1 : 2;
+    if (entry.counter_count > 1) {
+      key.carry = read(entry.counters[1]);
+      key.single = entry.counters[1].kind == CounterKind::f32;
+    }
+  }
+  const Row* row = row_for(group, key);
+  Item& item = items_.emplace_back();
+  item.p = entry.data;
+  item.g = grad ? grad->data() : entry.data;
+  item.wide = entry.dtype == Dtype::f64;
+  item.row = item.wide ? static_cast<const void*>(row->f64) : row->f32;
+  item.n = entry.n;
+  item.rows = grad ? entry.rows : 0;
+  item.chain = row->chain;
+  item.slots = row->slots;
+  item.p_dtype = entry.dtype;
+  item.g_dtype = g_dtype;
+  for (int k = 0; k < row->slots; ++k) {
+    item.s[k] = entry.slots[row->first_slot + k].data;
+    item.s_dtype[k] = entry.slots[row->first_slot + k].dtype;
+  }
+  item.layout = nullptr;
+  if (!flat) {
+    // A dense parameter whose gradient is laid out otherwise needs a layout of its own from now on.
+    if (!entry.layout) {
+      entry.layout = std::make_unique<Layout>();
+      entry.layout->sizes = entry.impl->sizes().vec();
+      entry.layout->strides[0] = entry.impl->strides().vec();
+      for (int k = 0; k < entry.slot_count; ++k) entry.layout->strides[2 + k] = entry.slots[k].impl->strides().vec();
+    }
+    const c10::IntArrayRef strides = grad ? grad->strides() : entry.impl->strides();
+    entry.layout->strides[1].assign(strides.begin(), strides.end());
+    item.layout = entry.layout.get();
+  }
+  item.direct = flat && same_dtype;
+  active_.push_back({&entry, row, grad != nullptr});
+  total_ += entry.n;
+  return true;
+}
+
+Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
+  if (running_) throw std::runtime_error("fastopt: this optimizer is inside step() in another thread");
+  items_.clear();
+  active_.clear();
+  total_ = 0;
+  if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
+  if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
+  trim();
+  for (size_t i = 0; i < groups_.size(); ++i)
+    if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
+  if (!check_state(state)) return Verdict::rebuild;
+
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    Group& group = groups_[i];
+    const bool synchronise = sync != Py_None && PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(i)) == Py_True;
+    for (size_t k = group.first; k < group.first + group.count; ++k) {
+      Entry& entry = entries_[k];
+      if (!entry.native) continue;
+      if (!check_tensors(entry)) return Verdict::rebuild;
+      const c10::AutogradMetaInterface* meta = entry.impl->autograd_meta();
+      const at::Tensor* grad = meta ? &meta->grad() : nullptr;
+      const bool present = grad && grad->defined();
+      if (!present && !(synchronise && entry.has_state)) continue;
+      if (!entry.has_state) return Verdict::rebuild;
+      if (!add_item(entry, group, present ? grad->unsafeGetTensorImpl() : nullptr, synchronise))
+        return Verdict::rebuild;
+    }
+  }
+  return Verdict::ready;
+}
+
+void Plan::launch() {
+  for (const Active& active : active_) {
+    Entry& entry = *active.entry;
+    if (active.stepped) {
+      if (entry.counter_count > 0) write(entry.counters[0], read(entry.counters[0]) + 1);
+      if (entry.counter_count > 1) write(entry.counters[1], active.row->carry);
+      entry.fresh = false;
+    }
+    bump(entry.impl);
+    for (int k = 0; k < active.row->slots; ++k) bump(entry.slots[active.row->first_slot + k].impl);
+  }
+  if (total_ < release_above) {
+    driver_.run(items_);
+    return;
+  }
+  // Another thread may drop a gradient while the kernels read it, so hold them all.
+  for (const Active& active : active_)
+    if (active.stepped) kept_.push_back(active.entry->impl->autograd_meta()->grad().getIntrusivePtr());
+  running_ = true;
+  PyThreadState* thread = PyEval_SaveThread();
+  driver_.run(items_);
+  PyEval_RestoreThread(thread);
+  running_ = false;
+  kept_.clear();
+}
+
+}  // namespace fastopt

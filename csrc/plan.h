@@ -1,0 +1,182 @@
+// The Plan: from an optimizer's param_groups and state to a list of work items, re-validated on every step.
+//
+// build() records, for every parameter the kernels take, the identity of its objects and the memory behind them.
+// gather() walks what is *now* in param_groups and state, compares, reads every gradient, and finds the coefficient row
+// of each parameter; it changes nothing, and answers Rebuild when anything structural differs. launch() then advances
+// the counters and runs the kernels. Identities are compared through strong references, so that a freed and reused
+// address is never mistaken for the object that was there.
+#pragma once
+
+#include <Python.h>
+#include <c10/core/TensorImpl.h>
+
+#include <deque>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "cpu_driver.h"
+
+namespace fastopt {
+
+// Implemented by module.cpp, the only unit that knows torch's Python headers.
+bool is_tensor(PyObject* object);
+c10::TensorImpl* impl_of(PyObject* tensor);
+
+struct PythonError {};  // a Python exception is set
+
+// A strong reference.
+class Ref {
+ public:
+  Ref() = default;
+  explicit Ref(PyObject* borrowed) : object_(borrowed) { Py_XINCREF(object_); }
+  static Ref steal(PyObject* owned) {
+    if (!owned) throw PythonError{};
+    Ref ref;
+    ref.object_ = owned;
+    return ref;
+  }
+  Ref(const Ref& other) : Ref(other.object_) {}
+  Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  Ref& operator=(Ref other) {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  explicit operator bool() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+enum class Verdict { ready = 0, rebuild = 1 };
+
+class Plan {
+ public:
+  // hyper: the group keys that make a setting. counters: the state keys of 0-dim counters, "step" first. ignored: group
+  // keys that change every step and mean nothing here. intern: the Python callable group -> setting.
+  Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern);
+
+  // Per group a sequence over its parameters: whether the kernels take it, over how many leading slices its gradient is
+  // centralised (0: not), and whether its state is fresh.
+  void build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh);
+  // sync: None, or per group whether the slow weights synchronise.
+  Verdict gather(PyObject* groups, PyObject* state, PyObject* sync);
+  void launch();
+
+  int64_t items() const { return static_cast<int64_t>(items_.size()); }
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+ private:
+  struct Slot {
+    PyObject* object;  // kept alive by walk_
+    c10::TensorImpl* impl;
+    void* data;
+    Dtype dtype;
+  };
+  enum class CounterKind : int8_t { f32, f64, i32, i64 };
+  struct Counter {
+    PyObject* object;
+    c10::TensorImpl* impl;
+    void* data;
+    CounterKind kind;
+  };
+  struct Entry {
+    Ref param;
+    c10::TensorImpl* impl;
+    void* data;
+    int64_t n;
+    int64_t rows;
+    std::unique_ptr<Layout> layout;  // set when p and its states do not share one dense layout
+    Slot slots[max_slots];
+    Counter counters[2];
+    Dtype dtype;
+    int8_t slot_count;
+    int8_t counter_count;
+    bool native;
+    bool has_state;
+    bool fresh;  // no step was taken with the state it has
+    bool contiguous;
+    bool one_dtype;        // p and states have the compute type
+    bool rows_contiguous;  // slices along dim 0 are contiguous runs
+  };
+  struct Row {
+    Ref setting;  // the memo is keyed by its address
+    alignas(64) float f32[max_coefficients];
+    alignas(64) double f64[max_coefficients];
+    double carry;
+    int16_t chain;
+    int8_t first_slot;
+    int8_t slots;
+  };
+  struct RowKey {
+    PyObject* setting;
+    double t;      // the step to take, from 1; 0: no gradient, slow weights only
+    double carry;  // the second counter's value
+    bool single;   // the second counter is float32, and its next value is rounded to it
+    bool sync;
+    bool operator==(const RowKey& other) const {
+      return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
+             sync == other.sync;
+    }
+  };
+  struct RowHash {
+    size_t operator()(const RowKey& key) const {
+      size_t h = reinterpret_cast<size_t>(key.setting) ^ (std::hash<double>{}(key.t) * 31) ^
+                 (std::hash<double>{}(key.carry) * 131);
+      return h * 4 + key.single * 2 + key.sync;
+    }
+  };
+  struct Group {
+    Ref dict;
+    std::vector<Ref> items;  // key, value, key, value ... as PyDict_Next yields them; ignored keys have no value
+    Ref params;
+    Ref setting;
+    Ref layout;
+    size_t first = 0, count = 0;
+    bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
+    RowKey last_key{};
+    const Row* last_row = nullptr;
+  };
+  struct Active {
+    Entry* entry;
+    const Row* row;
+    bool stepped;  // has a gradient, so its counters advance
+  };
+
+  static double read(const Counter& counter);
+  static void write(const Counter& counter, double value);
+
+  Ref setting_of(PyObject* dict, bool* immutable);
+  bool check_group(Group& group, PyObject* dict);
+  void record_group(Group& group, PyObject* dict);
+  bool check_state(PyObject* state) const;
+  bool check_tensors(const Entry& entry) const;
+  void build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
+  bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
+  void lay_out(Entry& entry);
+  bool add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, bool sync);
+  const Row* row_for(Group& group, const RowKey& key);
+  const Row* compute_row(const RowKey& key);
+  void trim();
+
+  std::vector<Ref> hyper_, counter_keys_, ignored_;
+  Ref intern_;
+  Ref settings_;  // dict: tuple of hyper-parameter values -> setting
+  std::vector<Group> groups_;
+  std::vector<Entry> entries_;
+  std::vector<Ref> walk_;  // what a walk through optimizer.state must yield, flattened
+  std::unordered_map<RowKey, const Row*, RowHash> memo_;
+  std::deque<Row> rows_;
+  std::vector<Active> active_;
+  std::vector<Item> items_;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;  // gradients, while the interpreter lock is released
+  int64_t total_ = 0;
+  bool built_ = false;
+  bool running_ = false;
+  CpuDriver driver_;
+};
+
+}  // namespace fastopt

@@ -1,0 +1,35 @@
+"""fastopt: optimizers for PyTorch whose whole update is one pass over memory and one launch."""
+
+from fastopt.compare import compare
+from fastopt.comparison import Comparison
+from fastopt.convert import convert
+from fastopt.explain import explain
+from fastopt.info import info
+from fastopt.optimizers.adagrad import Adagrad
+from fastopt.optimizers.adam import Adam, AdamW
+from fastopt.optimizers.adamax import Adamax
+from fastopt.optimizers.lookahead import Lookahead
+from fastopt.optimizers.nadam import NAdam
+from fastopt.optimizers.radam import RAdam
+from fastopt.optimizers.ranger import Ranger
+from fastopt.optimizers.rmsprop import RMSprop
+from fastopt.optimizers.sgd import SGD
+
+__version__ = "0.1.0"
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Comparison",
+    "Lookahead",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Ranger",
+    "compare",
+    "convert",
+    "explain",
+    "info",
+]

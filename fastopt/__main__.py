@@ -1,0 +1,118 @@
+"""The command line: ``python -m fastopt info | compare | demo`` (or ``fastopt ...`` once installed).
+
+Each command imports what it needs when it runs, so that ``info`` is quick and needs no extras.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMPARE_EXAMPLES = """\
+examples:
+  fastopt compare --task digits
+  fastopt compare --task digits --optimizers adam,radam,ranger --lrs 1e-3,1e-2,1e-1 --seeds 5
+  fastopt compare --task chars --optimizers "sgd(momentum=0.9), lookahead(adam, k=6), torch.adam" --out results
+
+For a model and a loss of your own: fastopt.compare(make_model, loss, batches) in Python; see help(fastopt.compare).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 2 for a request that cannot be met."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        print(f"fastopt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastopt: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastopt", description="Optimizers for PyTorch: look, compare, watch.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, devices, and which backend serves which device")
+    info.set_defaults(run=_info)
+
+    compare = commands.add_parser(
+        "compare",
+        help="find out which optimizer suits a problem, and at which learning rate",
+        description="Train a model with several optimizers, learning rates and seeds, and rank them against the noise.",
+        epilog=COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("--task", default="digits", help="digits (default) or chars")
+    compare.add_argument("--optimizers", metavar="NAMES", help="separated by commas (default: all that fastopt has)")
+    compare.add_argument(
+        "--lrs", metavar="RATES", help="the grid, separated by commas (default: searched for each optimizer)"
+    )
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each setting (default: 3)")
+    compare.add_argument(
+        "--steps", type=int, default=300, metavar="N", help="optimizer steps of each run (default: 300)"
+    )
+    compare.add_argument("--out", type=Path, metavar="DIR", help="write compare.csv and compare.png there")
+    compare.set_defaults(run=_compare)
+
+    demo = commands.add_parser(
+        "demo",
+        help="watch fastopt and torch.optim train real models side by side (about a minute)",
+        description="Train real models with torch.optim and with fastopt side by side, for a table and a picture.",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="PNG",
+        help="the picture (default: demo.png), beside which the numbers are written as .csv",
+    )
+    demo.add_argument(
+        "--steps", type=int, metavar="N", help="steps of each training (default: 600 for digits, 250 for chars)"
+    )
+    demo.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    import fastopt
+
+    print(fastopt.info())
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from . import tasks
+    from .compare import compare
+    from .entrants import split_names
+
+    task = tasks.get(options.task)
+    names = None if options.optimizers is None else split_names(options.optimizers)
+    lrs = None if options.lrs is None else [float(lr) for lr in options.lrs.split(",")]
+    result = compare(
+        task.build, task.loss, task.batches, task.evaluate,
+        optimizers=names, lrs=lrs, seeds=options.seeds, steps=options.steps,
+    )  # fmt: skip
+    print(f"{task.name}: {task.description}\n\n{result}")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        result.to_csv(options.out / "compare.csv")
+        print(f"\nNumbers: {options.out / 'compare.csv'}")
+        result.plot(options.out / "compare.png")
+        print(f"Picture: {options.out / 'compare.png'}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    print(demo.show(demo.run(steps=options.steps, threads=options.threads), options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

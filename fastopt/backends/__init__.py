@@ -1,0 +1,54 @@
+"""Backends: who runs a chain on which device.
+
+Each backend module has `why_not(device)`, empty when it can run there. `choose` picks the fastest that can, or the one
+asked for; an explicit request that cannot be met raises and says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from fastopt.backends import native, reference
+
+_WHY_NOT: dict[str, Callable[[str], str]] = {"native": native.why_not, "reference": reference.why_not}
+NAMES = tuple(_WHY_NOT)
+
+
+def why_not(name: str, device: str = "cpu") -> str:
+    """Why backend `name` cannot run on `device` (a device type), and what to do; empty if it can."""
+    return _WHY_NOT[checked(name)](device)
+
+
+def available(name: str, device: str = "cpu") -> bool:
+    """Whether backend `name` can run on `device` (a device type)."""
+    return not why_not(name, device)
+
+
+def checked(name: str, source: str = "backend") -> str:
+    if name not in _WHY_NOT:
+        raise ValueError(
+            f"{source}={name!r}: accepted are {', '.join(map(repr, NAMES))}, or None to choose automatically"
+        )
+    return name
+
+
+def wish(explicit: str | None) -> str | None:
+    """The backend that was asked for: by argument, else by the environment variable FASTOPT_BACKEND."""
+    if explicit is not None:
+        return checked(explicit)
+    name = os.environ.get("FASTOPT_BACKEND") or None
+    return name and checked(name, "FASTOPT_BACKEND")
+
+
+def choose(device: str, asked: str | None) -> str | None:
+    """The backend for `device`; None where torch's own code is the best there is.
+
+    The reference backend is an oracle: correct everywhere, but slower than torch's own code, so it is never chosen
+    over it.
+    """
+    if asked is not None:
+        if reason := why_not(asked, device):
+            raise RuntimeError(f"backend {asked!r} was asked for on device {device!r}: {reason}")
+        return asked
+    return "native" if available("native", device) else None

@@ -1,0 +1,246 @@
+"""From param_groups to one launch.
+
+An `Engine` belongs to one optimizer object and holds its plan. A step gathers (the plan re-validates everything and
+reads the gradients), prepares again if the plan no longer fits (creates missing state, decides who takes which
+parameter), lets torch's own code update what the kernels do not take, and launches. Until the launch, nothing but
+freshly created state has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt import backends, routing, stages
+from fastopt.backends import native, reference
+from fastopt.chain import Chain
+from fastopt.plan import PythonPlan, check_state, missing_state
+from fastopt.rule import Rule, Setting, Settings
+
+TorchStep = Callable[[Optimizer], object]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who updates a parameter: a backend, or torch's own code ("torch"), and why not a faster one."""
+
+    backend: str
+    reason: str = ""
+    passing: bool = False  # the reason lies in this step's gradient and may be gone with the next
+
+
+class Engine:
+    def __init__(
+        self,
+        rule: Rule,
+        torch_step: TorchStep | None,
+        backend: str | None = None,
+        ignored: tuple[str, ...] = (),
+    ) -> None:
+        self.rule, self.torch_step = rule, torch_step
+        self.asked = backends.wish(backend)
+        self.ignored = ignored
+        compiled = backends.available("native")
+        self.settings = Settings(rule, native.chain_index if compiled else lambda chain: -1)
+        self._plans: dict[str, Any] = {}
+        self._routes: dict[int, Route] = {}
+        self._torch: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._fresh: dict[Tensor, Tensor] = {}
+
+    def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[bool] | None = None) -> bool:
+        """One step of everything that has a gradient; False if an overflow was found and nothing happened.
+
+        `amp` carries ``grad_scale`` and ``found_inf`` when a GradScaler left the gradients scaled; `sync` says for
+        each group whether its slow weights synchronise at this step.
+        """
+        if (found_inf := getattr(amp, "found_inf", None)) is not None and found_inf.item():
+            return False
+        if self._torch and self._outdated():
+            self.prepare(optimizer)
+        for attempt in range(3):
+            if self._plans and self._gather(optimizer, sync):
+                break
+            if attempt == 2:
+                raise RuntimeError(
+                    "parameters, gradients or state changed while the step was being prepared; call step() again"
+                )
+            self.prepare(optimizer)
+        if (scale := getattr(amp, "grad_scale", None)) is not None:
+            _unscale(optimizer, scale)
+        if self._torch:
+            self._step_torch(optimizer, amp, sync)
+        for plan in self._plans.values():
+            plan.launch()
+        if self._fresh:
+            self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
+        return True
+
+    def _gather(self, optimizer: Optimizer, sync: Sequence[bool] | None) -> bool:
+        return all(plan.gather(optimizer.param_groups, optimizer.state, sync) for plan in self._plans.values())
+
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Decide who takes which parameter, create the state that this step needs, and build the plans."""
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        self._routes = self.routes(optimizer)
+        self._torch = []
+        for group in groups:
+            left = [p for p in group["params"] if self._routes[id(p)].backend == "torch"]
+            if left:
+                self._torch.append((group, left))
+        self._create_state(optimizer)
+        used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
+        self._plans = {name: self._plans.get(name) or self._make_plan(name) for name in sorted(used)}
+        for name, plan in self._plans.items():
+            takes = [[self._routes[id(p)].backend == name for p in group["params"]] for group in groups]
+            rows = [
+                [self.rule.rows(setting.h, p) for p in group["params"]]
+                for group, setting in zip(groups, map(self.settings.of, groups), strict=True)
+            ]
+            fresh = [[self._is_fresh(optimizer, p) for p in group["params"]] for group in groups]
+            plan.build(groups, optimizer.state, takes, rows, fresh)
+
+    def _make_plan(self, name: str) -> Any:
+        if name == "native":
+            return native.make_plan(self.settings.keys, tuple(self.rule.counters), self.ignored, self.settings.of)
+        return PythonPlan(self.settings.of)
+
+    def routes(self, optimizer: Optimizer) -> dict[int, Route]:
+        """Who takes each parameter, by its id, as things stand now."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        sharing = routing.sharing(params)
+        found: dict[int, Route] = {}
+        for group in optimizer.param_groups:
+            setting = self.settings.of(group)
+            for p in group["params"]:
+                found[id(p)] = self._route(setting, p, id(p) in sharing)
+        return found
+
+    def _route(self, setting: Setting, p: Tensor, shares: bool) -> Route:
+        # Without a torch twin the reference backend stands in for torch's code.
+        rest = "torch" if self.torch_step else "reference"
+        reason = routing.why_not_setting(setting, p.device.type) or routing.why_not_tensor(p)
+        if not reason and shares:
+            reason = "its memory overlaps another parameter's, or it was given twice"
+        if reason:
+            return Route(rest, reason)
+        if p.grad is not None and (reason := routing.why_not_grad(p.grad)):
+            return Route(rest, reason, passing=True)
+        chosen = backends.choose(p.device.type, self.asked)
+        if chosen is None:
+            return Route(rest, backends.why_not("native", p.device.type))
+        return Route(chosen)
+
+    def _outdated(self) -> bool:
+        """Whether a parameter that torch's code took because of its gradient may have one that the kernels take."""
+        for group, params in self._torch:
+            setting = self.settings.of(group)
+            for p in params:
+                if self._routes[id(p)].passing and p.grad is not None and not self._route(setting, p, False).reason:
+                    return True
+        return False
+
+    def _create_state(self, optimizer: Optimizer) -> None:
+        """All of it, or on an error none of it: a step that ran out of memory can be repeated."""
+        pending: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for i, group in enumerate(optimizer.param_groups):
+            setting = self.settings.of(group)
+            for k, p in enumerate(group["params"]):
+                if self._routes[id(p)].backend == "torch":
+                    continue
+                own = optimizer.state.get(p, {})
+                check_state(setting, p, own, f"parameter {k} of group {i}")
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
+                if p.grad is not None and (new := missing_state(setting, p, own)):
+                    pending.append((p, new))
+        for p, new in pending:
+            optimizer.state[p].update(new)
+            own = [tensor for key, tensor in new.items() if self.rule.slow is None or key != self.rule.slow.key]
+            if own and not self.rule.counters:
+                self._fresh[p] = own[0]
+
+    def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
+        tensor = self._fresh.get(p)
+        return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
+
+    def _step_torch(self, optimizer: Optimizer, amp: Any, sync: Sequence[bool] | None) -> None:
+        """torch's own code for the parameters the kernels do not take, then their slow weights."""
+        assert self.torch_step is not None
+        slow = self.rule.slow
+        before: dict[Tensor, Tensor] = {}
+        if slow is not None:
+            for _, params in self._torch:
+                for p in params:
+                    if p.grad is not None and slow.key not in optimizer.state.get(p, {}):
+                        before[p] = slow.create(p, None)
+        with _only(optimizer.param_groups, self._torch), _without_amp(optimizer):
+            self.torch_step(optimizer)
+        if slow is None:
+            return
+        for p, tensor in before.items():
+            optimizer.state[p][slow.key] = tensor
+        for group, params in self._torch:
+            index = next(i for i, candidate in enumerate(optimizer.param_groups) if candidate is group)
+            if sync is not None and sync[index]:
+                alpha = self.rule.alpha(self.settings.of(group).h)
+                for p in params:
+                    pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
+
+
+def pull_back(p: Tensor, slow: Tensor | None, alpha: float) -> None:
+    """Synchronise one parameter with its slow weights in torch code."""
+    if slow is not None:
+        reference.launch(_PULL, p, p, [slow], (alpha,), 0)
+
+
+_PULL = Chain((stages.lookahead,))
+
+
+def _unscale(optimizer: Optimizer, scale: Tensor) -> None:
+    """Divide the gradients by the loss scale and write them back, as torch's fused kernels do."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    with torch.no_grad():
+        for grad in grads:
+            grad.div_(scale.to(grad.device))
+
+
+@contextmanager
+def _only(groups: list[dict[str, Any]], kept: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[None]:
+    """The groups with just these parameters in them.
+
+    torch's fused kernels misread memory that is shared or not dense, so a group whose parameters they would accept all
+    the same goes through the for-loop; one that they refuse keeps its flag and gets torch's own error.
+    """
+    before = [(group, group["params"], group.get("fused")) for group in groups]
+    try:
+        for group in groups:
+            group["params"] = params = next((params for candidate, params in kept if candidate is group), [])
+            if group.get("fused") and all(p.dtype in routing.DTYPES and _strided_grad(p) for p in params):
+                group["fused"] = False
+        yield
+    finally:
+        for group, params, fused in before:
+            group["params"] = params
+            if "fused" in group:
+                group["fused"] = fused
+
+
+def _strided_grad(p: Tensor) -> bool:
+    return p.grad is None or p.grad.layout == torch.strided
+
+
+@contextmanager
+def _without_amp(optimizer: Optimizer) -> Iterator[None]:
+    """Gradients were unscaled already: torch's code must not do it again."""
+    names = ("grad_scale", "found_inf")
+    hidden: dict[str, Any] = {name: vars(optimizer).pop(name) for name in names if name in vars(optimizer)}
+    try:
+        yield
+    finally:
+        vars(optimizer).update(hidden)

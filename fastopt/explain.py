@@ -1,0 +1,184 @@
+"""`explain`: what a step of an optimizer will do, as a table, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt.engine import Engine
+from fastopt.optimizers.base import Fused
+from fastopt.optimizers.lookahead import Lookahead
+from fastopt.report import table
+from fastopt.rule import Setting
+
+_HIDDEN = ("params", "param_names", "foreach", "capturable", "differentiable", "fused")
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One parameter group."""
+
+    index: int
+    tensors: int
+    parameters: int
+    parameter_bytes: int
+    state_bytes: int
+    hyper: str
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """What one backend takes: tensors, launches, and bytes read and written per step."""
+
+    backend: str
+    chain: str
+    tensors: int
+    launches: str
+    bytes_per_step: int
+
+
+@dataclass(frozen=True)
+class FallbackRow:
+    """Tensors that the kernels do not take, and why."""
+
+    group: int
+    positions: tuple[int, ...]
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`; ``str()`` lays it out as tables."""
+
+    name: str
+    groups: tuple[GroupRow, ...]
+    backends: tuple[BackendRow, ...]
+    fallbacks: tuple[FallbackRow, ...]
+
+    def __str__(self) -> str:
+        parts = [self.name, "", self._groups(), "", self._backends()]
+        if self.fallbacks:
+            parts += ["", "Not taken by the kernels:"]
+            parts += [
+                f"  group {row.group}, tensor {_ranges(row.positions)}: {row.backend}, because {row.reason}"
+                for row in self.fallbacks
+            ]
+        return "\n".join(parts)
+
+    def _groups(self) -> str:
+        rows = [
+            (str(g.index), str(g.tensors), f"{g.parameters:,}", _size(g.parameter_bytes), _size(g.state_bytes), g.hyper)
+            for g in self.groups
+        ]
+        return table(("group", "tensors", "parameters", "size", "state", "hyper-parameters"), rows)
+
+    def _backends(self) -> str:
+        rows = [(b.backend, str(b.tensors), b.launches, _size(b.bytes_per_step), b.chain) for b in self.backends]
+        return table(("backend", "tensors", "launches", "moved per step", "chain"), rows)
+
+
+def explain(optimizer: Optimizer) -> Explanation:
+    """Show, as a table, what a step of `optimizer` will do.
+
+    Groups with their hyper-parameters and the bytes of parameters and state; which backend takes how many tensors in
+    how many launches, and the bytes it reads and writes per step (slow weights counted at 1/k); which tensors fall back
+    to other code, and why. State that does not exist yet is counted as it will be. Nothing is changed.
+
+    Args:
+        optimizer: One of ours.
+
+    Raises:
+        TypeError: `optimizer` is not one of ours; `fastopt.convert` makes it one.
+
+    Example:
+        >>> import torch, fastopt
+        >>> print(fastopt.explain(fastopt.Adam(torch.nn.Linear(4, 2).parameters())))  # doctest: +SKIP
+    """
+    engine, owner, period = _engine(optimizer)
+    routes = engine.routes(owner)
+    groups: list[GroupRow] = []
+    chains: dict[tuple[str, str], list[tuple[Tensor, Setting, int]]] = {}
+    fallbacks: dict[tuple[int, str, str], list[int]] = {}
+    for i, group in enumerate(owner.param_groups):
+        setting = engine.settings.of(group)
+        params: list[Tensor] = group["params"]
+        groups.append(_group_row(i, group, setting))
+        for k, p in enumerate(params):
+            route = routes[id(p)]
+            chains.setdefault((route.backend, setting.chain.name), []).append((p, setting, period(group)))
+            if route.reason:
+                fallbacks.setdefault((i, route.backend, route.reason), []).append(k)
+    return Explanation(
+        f"{type(optimizer).__name__}" + (f"({type(owner).__name__})" if owner is not optimizer else ""),
+        tuple(groups),
+        tuple(_backend_row(backend, chain, taken) for (backend, chain), taken in chains.items()),
+        tuple(FallbackRow(i, tuple(at), backend, reason) for (i, backend, reason), at in fallbacks.items()),
+    )
+
+
+def _engine(optimizer: Optimizer) -> tuple[Engine, Optimizer, Any]:
+    """The engine, the optimizer whose state it drives, and how many steps apart a group synchronises."""
+    if isinstance(optimizer, Lookahead) and optimizer.fuses:
+        return optimizer.engine(), optimizer.optimizer, lambda group: group["lookahead_k"]
+    if isinstance(optimizer, Fused):
+        return optimizer.engine(), optimizer, lambda group: group.get("k", 1)
+    raise TypeError(
+        f"explain() needs an optimizer of fastopt, got {type(optimizer).__name__}; fastopt.convert(optimizer) makes it "
+        "one if it has a counterpart"
+    )
+
+
+def _group_row(index: int, group: dict[str, Any], setting: Setting) -> GroupRow:
+    params: list[Tensor] = group["params"]
+    hyper = ", ".join(
+        f"{key}={_number(value)}" for key, value in group.items() if key not in _HIDDEN and value is not False
+    )
+    state = sum(p.numel() * p.element_size() for p in params) * len(setting.slots)
+    counters = 4 * len(setting.rule.counters) * len(params)
+    return GroupRow(
+        index,
+        len(params),
+        sum(p.numel() for p in params),
+        sum(p.numel() * p.element_size() for p in params),
+        state + counters,
+        hyper,
+    )
+
+
+def _backend_row(backend: str, chain: str, taken: list[tuple[Tensor, Setting, int]]) -> BackendRow:
+    moved = 0.0
+    for p, setting, period in taken:
+        size = p.numel() * p.element_size()
+        moved += size * (3 + 2 * len(setting.chain.state))  # g and p read, p written; states read and written
+        if setting.rule.slow is not None:
+            moved += 2 * size / period
+    launches = {"native": "1 for all", "reference": "several a tensor"}.get(backend, "torch's own")
+    return BackendRow(backend, chain if backend != "torch" else "torch.optim code", len(taken), launches, round(moved))
+
+
+def _number(value: Any) -> str:
+    return f"tensor({value.item():g})" if isinstance(value, Tensor) else str(value)
+
+
+def _size(n: int) -> str:
+    amount = float(n)
+    for unit in ("B", "KB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError("unreachable")
+
+
+def _ranges(positions: tuple[int, ...]) -> str:
+    """1, 2, 3, 7 as 1-3, 7."""
+    runs: list[list[int]] = []
+    for at in positions:
+        if runs and runs[-1][1] == at - 1:
+            runs[-1][1] = at
+        else:
+            runs.append([at, at])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,74 @@
+"""`info`: versions, devices, and which backend serves which device, or why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from fastopt import backends
+from fastopt.backends import native, reference
+from fastopt.report import table
+
+
+@dataclass(frozen=True)
+class Info:
+    """The answer of `info`; ``str()`` lays it out."""
+
+    versions: dict[str, str]
+    devices: dict[str, str]
+    backends: dict[tuple[str, str], str]
+    """(device, backend) -> why it cannot run there, empty if it can."""
+    chosen: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
+        lines += [f"{device}: {text}" for device, text in self.devices.items()]
+        rows = [
+            (device, name, "chosen" if self.chosen[device] == name else "available" if not reason else "no", reason)
+            for (device, name), reason in self.backends.items()
+        ]
+        lines += ["", table(("device", "backend", "", "why not, and what to do"), rows, left=4)]
+        for device, name in self.chosen.items():
+            if name == "torch":
+                lines += [
+                    "",
+                    f"On {device}, classes that torch has run torch.optim's code; the others, the reference backend.",
+                ]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, devices, and which backend serves which device; where one is missing, why and what to do.
+
+    Example:
+        >>> import fastopt
+        >>> print(fastopt.info())  # doctest: +SKIP
+    """
+    devices = {"cpu": _cpu()}
+    if torch.cuda.is_available():
+        devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    reasons = {(device, name): backends.why_not(name, device) for device in devices for name in backends.NAMES}
+    chosen = {device: backends.choose(device, backends.wish(None)) or "torch" for device in devices}
+    return Info(_versions(), devices, reasons, chosen)
+
+
+def _versions() -> dict[str, str]:
+    from fastopt import __version__
+
+    versions = {"fastopt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = "absent"
+    return versions
+
+
+def _cpu() -> str:
+    module = native.extension()
+    kernels = f"kernels for {module.instruction_set()}" if module else "no kernels"
+    fused = "" if all(reference.fma_is_fused().values()) else "not "
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} threads, {kernels}, torch's multiply-add is {fused}fused"

@@ -1,0 +1,1 @@
+"""The optimizer classes: documentation, state and coefficients of each rule."""

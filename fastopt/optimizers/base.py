@@ -1,0 +1,174 @@
+"""`Fused`: the mixin that turns a torch.optim class into ours.
+
+It owns `step`, loading, pickling and the ``backend`` argument; everything else is the torch class's. Placed first among
+the bases, it needs no constructor in the class itself::
+
+    class RAdam(Fused, torch.optim.RAdam):
+        rule = RAdamRule()
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt import backends
+from fastopt.engine import Engine
+from fastopt.rule import Rule
+
+if TYPE_CHECKING:
+    _Base = Optimizer
+else:
+    _Base = object
+
+
+class Fused(_Base):
+    """Cooperative base of every optimizer here that has a rule."""
+
+    rule: ClassVar[Rule]
+    __signature__: ClassVar[inspect.Signature]
+    torch_class: ClassVar[type[Optimizer] | None] = None
+    """The torch.optim class that does what the kernels do not take."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torch_classes = (c for c in cls.__mro__ if c.__module__.startswith("torch.optim.") and c is not Optimizer)
+        cls.torch_class = next(torch_classes, None)
+        if "__init__" in vars(cls):
+            cls.__signature__ = _without_self(cls.__init__)
+        elif cls.torch_class is not None:
+            cls.__signature__ = _with_backend(_without_self(cls.torch_class.__init__))
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if backend is not None and (reason := backends.why_not(backends.checked(backend))):
+            raise RuntimeError(f"backend={backend!r} was asked for, but {reason}")
+        self._backend = backend
+        super().__init__(*args, **kwargs)
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that was asked for; None: chosen automatically."""
+        return self._backend
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+        """
+        # Only where dynamo was imported can a caller be compiled; there the step must stay out of its sight.
+        run = _hidden() if "torch._dynamo" in sys.modules else _run
+        return run(self, closure)
+
+    def engine(self) -> Engine:
+        """The engine of this optimizer, made on first use and again after unpickling."""
+        engine: Engine | None = vars(self).get("_engine")
+        if engine is None:
+            engine = self._engine = Engine(self.rule, torch_step(self), self._backend)
+        return engine
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, ours or torch.optim's.
+
+        Unlike torch's, this copies every tensor and keeps its dtype, and rejects a state whose shapes do not fit
+        before anything is changed.
+
+        Raises:
+            ValueError: The groups or the shapes do not match this optimizer's parameters.
+        """
+        loaded: dict[str, Any] = {}
+        # Registered last, so that it sees what the user's hooks made of the dict.
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        self._loaded = loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loaded", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_backend", "_step_supports_amp_scaling")
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: vars(self)[name] for name in kept if name in vars(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loaded = self.__dict__.pop("_loaded", None)
+        if loaded is not None:
+            state = state | {"state": _faithful(self.rule, state, loaded)}
+        super().__setstate__(state)
+        self.__dict__.setdefault("_backend", None)
+
+
+def _run(self: Fused, closure: Callable[[], Any] | None) -> Any:
+    check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+    if "capturable" in self.defaults:
+        check()
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    drive = vars(self).get("_drive")
+    if drive is None:
+        self.engine().step(self, amp=self)
+    else:  # a wrapper that appends its own stage to ours (lookahead.py)
+        drive()
+    return loss
+
+
+@cache
+def _hidden() -> Callable[[Fused, Callable[[], Any] | None], Any]:
+    disabled: Callable[[Fused, Callable[[], Any] | None], Any] = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def torch_step(optimizer: Fused) -> Callable[[Optimizer], object] | None:
+    """The torch class's step without the hooks that torch wraps around it: ours has fired them already."""
+    if optimizer.torch_class is None:
+        return None
+    step: Any = optimizer.torch_class.step
+    unhooked: Callable[[Optimizer], object] = step.__wrapped__ if getattr(step, "hooked", False) else step
+    return unhooked
+
+
+def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defaultdict[Any, dict[str, Any]]:
+    """The state as it was saved: torch casts every tensor to its parameter's dtype and shares the caller's memory."""
+    result: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state["state"])
+    groups = zip(loaded["param_groups"], state["param_groups"], strict=True)
+    for i, (saved_group, group) in enumerate(groups):
+        for k, (name, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
+            saved = loaded["state"].get(name)
+            if not isinstance(saved, dict):
+                continue
+            for key, value in saved.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if key in rule.counters:
+                    result[p][key] = result[p][key].clone()
+                    continue
+                if value.dim() and value.shape != p.shape:
+                    raise ValueError(
+                        f"state {key!r} for parameter {k} of group {i} has shape {tuple(value.shape)}, the parameter "
+                        f"has {tuple(p.shape)}: load a state that was saved for this model"
+                    )
+                result[p][key] = value.detach().to(device=p.device, copy=True)
+    return result
+
+
+def _without_self(init: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(init)
+    return signature.replace(
+        parameters=list(signature.parameters.values())[1:], return_annotation=inspect.Signature.empty
+    )
+
+
+def _with_backend(signature: inspect.Signature) -> inspect.Signature:
+    backend = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
+    return signature.replace(parameters=[*signature.parameters.values(), backend])

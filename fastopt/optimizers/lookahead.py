@@ -1,0 +1,261 @@
+"""Lookahead around any optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt.chain import Stage
+from fastopt.engine import Engine, pull_back
+from fastopt.optimizers.base import Fused, torch_step
+from fastopt.optimizers.slow import SlowWeights
+from fastopt.rule import Hyper, Rule, Slot, copy_of
+
+K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", "slow_param"
+
+
+class LookaheadRule(Rule):
+    """Another rule with a slow copy of each parameter, which the group as a whole synchronises."""
+
+    def __init__(self, inner: Rule) -> None:
+        self.inner = inner
+        self.hyper = (*inner.hyper, ALPHA)
+        self.counters: Mapping[str, float] = inner.counters
+        self.decouples = inner.decouples
+        self.slow = Slot(SLOW, copy_of)
+
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
+        return self.inner.update(h)
+
+    def slots(self, h: Hyper) -> dict[str, Slot]:
+        return self.inner.slots(h)
+
+    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+        return self.inner.coefficients(h, t, carry)
+
+    def carried(self, h: Hyper, t: float, carry: float, single: bool) -> float:
+        return self.inner.carried(h, t, carry, single)
+
+    def decay(self, h: Hyper, t: float) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
+        return self.inner.decay(h, t)
+
+    def alpha(self, h: Hyper) -> float:
+        return float(h.lookahead_alpha)
+
+
+class Lookahead(SlowWeights, Optimizer):
+    r"""k steps of any optimizer, then one step of slow weights towards where it arrived; it restarts there.
+
+    .. math::
+        \phi \leftarrow \phi + \alpha\,(\theta_k - \phi), \qquad \theta \leftarrow \phi \quad \text{every } k \text{ steps}
+
+    The paper's semantics: the slow weights φ start as the parameters before the first step and the first pull-back is
+    at step k. (Several wrappers start them after the first inner step or at the first synchronisation, which delays
+    the first pull-back to step k + 1 or 2k.) Steps are counted per parameter group, and parameters without a gradient
+    are pulled back too. ``alpha=1`` is the inner optimizer bit for bit. Around one of ours the synchronisation is a
+    stage of the same single pass; around any other optimizer it is torch code.
+
+    ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's own, so schedulers, `add_param_group`, AMP
+    and checkpoints work as on any optimizer. The state dict is flat and also loads a checkpoint of the inner optimizer
+    alone: the slow weights then start as the parameters at the next step.
+
+    Args:
+        optimizer: The inner optimizer, ours or any ``torch.optim.Optimizer``.
+        k: Steps between synchronisations, at least 1 (default: 5).
+        alpha: Step of the slow weights, in [0, 1] (default: 0.5). The paper's experiments use 0.5 and 0.8.
+
+    Shapes:
+        Adds ``slow_param``, shaped like the parameter, to the state of each parameter that was updated, and the keys
+        ``lookahead_k``, ``lookahead_alpha`` and ``lookahead_step`` to each group, where they may be edited.
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer, or is a Lookahead itself.
+        ValueError: ``k < 1`` or ``alpha`` outside [0, 1].
+
+    Example:
+        >>> import torch, fastopt
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fastopt.Lookahead(fastopt.Adam(model.parameters(), lr=1e-3), k=5, alpha=0.5)
+        >>> model(torch.ones(3, 4)).sum().backward()
+        >>> optimizer.step()
+
+    References:
+        Zhang, Lucas, Hinton and Ba, "Lookahead Optimizer: k Steps Forward, 1 Step Back", NeurIPS 2019,
+        arXiv:1907.08610.
+    """
+
+    slow_key = SLOW
+
+    def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, Lookahead):
+            raise TypeError("Lookahead around Lookahead would share its state keys: wrap the innermost optimizer once")
+        _check(k, alpha)
+        self.optimizer = optimizer
+        self._defaults = {K: k, ALPHA: alpha}
+        for group in optimizer.param_groups:
+            self._complete(group)
+        super().__setstate__({})  # hooks and the profiled step, without a second set of groups
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A foreign optimizer would skip an overflow without our knowing: there the scaler unscales and skips itself.
+        return self.fuses and bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the inner optimizer is one of ours, with its step as we wrote it and no slow weights of its own."""
+        inner = self.optimizer
+        return isinstance(inner, Fused) and inspect.unwrap(type(inner).step) is Fused.step and inner.rule.slow is None
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        group.setdefault(K, self._defaults[K])
+        group.setdefault(ALPHA, self._defaults[ALPHA])
+        group.setdefault(STEP, 0)
+        _check(group[K], group[ALPHA])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check(param_group.get(K, self._defaults[K]), param_group.get(ALPHA, self._defaults[ALPHA]))
+        self.optimizer.add_param_group(param_group)
+        self._complete(self.optimizer.param_groups[-1])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single step of the inner optimizer; every k-th one ends at the slow weights.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+        """
+        for group in self.param_groups:
+            self._complete(group)
+        sync = [(group[STEP] + 1) % group[K] == 0 for group in self.param_groups]
+        step = self._step_ours if self.fuses else self._step_foreign
+        loss, stepped = step(sync, closure)
+        if stepped:
+            for group in self.param_groups:
+                group[STEP] += 1
+        return loss
+
+    def _step_ours(self, sync: list[bool], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+        """The inner step() itself, so that its hooks and schedulers see it, with our stage in the same pass."""
+        stepped = False
+
+        def drive() -> None:
+            nonlocal stepped
+            stepped = self.engine().step(self.optimizer, amp=self, sync=sync)
+
+        vars(self.optimizer)["_drive"] = drive
+        try:
+            return self.optimizer.step(closure), stepped
+        finally:
+            del vars(self.optimizer)["_drive"]
+
+    def engine(self) -> Engine:
+        """The engine that runs the inner rule with slow weights appended."""
+        inner = self.optimizer
+        assert isinstance(inner, Fused)
+        held: tuple[Optimizer, Engine] | None = vars(self).get("_held")
+        if held is None or held[0] is not inner:
+            engine = Engine(LookaheadRule(inner.rule), torch_step(inner), inner.backend, ignored=(STEP,))
+            self._held = held = (inner, engine)
+        return held[1]
+
+    def _step_foreign(self, sync: list[bool], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+        # State of an optimizer that initialises lazily must not exist before its first step, so the copies of the
+        # parameters wait outside. With a closure, gradients only appear inside the step.
+        before: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if SLOW not in self.state.get(p, {}) and (p.requires_grad if closure else p.grad is not None):
+                    before[p] = copy_of(p, None)
+        loss = self.optimizer.step(closure) if closure else self.optimizer.step()
+        for p, slow in before.items():
+            if p.grad is not None:
+                self.state[p][SLOW] = slow
+        for group, due in zip(self.param_groups, sync, strict=True):
+            if due:
+                for p in group["params"]:
+                    pull_back(p, self.state.get(p, {}).get(SLOW), float(group[ALPHA]))
+        return loss, True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or of the inner optimizer alone.
+
+        Raises:
+            ValueError: The groups or the shapes do not match; nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        own = [{key: group[key] for key in (K, ALPHA)} for group in self.param_groups]
+        for group in state_dict["param_groups"]:
+            _check(group.get(K, 1), group.get(ALPHA, 1.0))
+        self.optimizer.load_state_dict(self._detached(state_dict))
+        for group, kept in zip(self.param_groups, own, strict=True):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+            self._complete(group)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _detached(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The dict with slow weights of its own, their shapes checked: torch would share the caller's tensors."""
+        saved = {name: dict(value) for name, value in state_dict["state"].items()}
+        for i, (group, ours) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
+            for name, p in zip(group["params"], ours["params"], strict=False):
+                slow = saved.get(name, {}).get(SLOW)
+                if slow is None:
+                    continue
+                if slow.shape != p.shape:
+                    raise ValueError(
+                        f"{SLOW} for parameter {name} in group {i} has shape {tuple(slow.shape)}, the parameter has "
+                        f"{tuple(p.shape)}: load a state that was saved for this model"
+                    )
+                saved[name][SLOW] = slow.detach().clone()
+        return state_dict | {"state": saved}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "_defaults": self._defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+
+def _check(k: Any, alpha: Any) -> None:
+    if isinstance(k, bool) or int(k) != k or k < 1:
+        raise ValueError(
+            f"Invalid k value: {k}; the number of steps between synchronisations is an integer of at least 1"
+        )
+    if not 0.0 <= float(torch.as_tensor(alpha)) <= 1.0:
+        raise ValueError(f"Invalid alpha value: {alpha}; the step of the slow weights is in [0, 1]")

@@ -1,0 +1,189 @@
+"""Ranger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastopt import stages
+from fastopt.chain import Stage
+from fastopt.optimizers.base import Fused
+from fastopt.optimizers.radam import RAdamRule
+from fastopt.optimizers.slow import SlowWeights
+from fastopt.rule import Hyper, Slot, copy_of
+
+SLOW = "slow_buffer"
+
+
+class RangerRule(RAdamRule):
+    hyper: Sequence[str] = (
+        "lr",
+        "alpha",
+        "k",
+        "n_sma_threshold",
+        "betas",
+        "eps",
+        "use_gc",
+        "gc_conv_only",
+        "degenerated_to_sgd",
+    )
+    slow = Slot(SLOW, copy_of)
+
+    def threshold(self, h: Hyper) -> float:
+        return float(h.n_sma_threshold)
+
+    def waits(self, h: Hyper, t: float) -> bool:
+        """Whether step t leaves the parameters alone."""
+        return bool(not h.degenerated_to_sgd and self.rectification(h, t) == 0)
+
+    def decay(self, h: Hyper, t: float) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
+        factor = 1.0 if self.waits(h, t) else 1 - h.lr * h.weight_decay
+        return (stages.shrink,), stages.shrink.row(factor=factor)
+
+    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+        row: Any = super().coefficients(h, t, carry)
+        waiting: tuple[float, ...] = row._replace(lr=0.0) if self.waits(h, t) else row
+        return waiting
+
+    def alpha(self, h: Hyper) -> float:
+        return float(h.alpha)
+
+    def synchronises(self, h: Hyper, t: float, asked: bool) -> bool:
+        return t % h.k == 0
+
+    def rows(self, h: Hyper, p: Tensor) -> int:
+        return p.shape[0] if h.use_gc and p.dim() > (3 if h.gc_conv_only else 1) else 0
+
+    def structure(self, h: Hyper) -> tuple[Any, ...]:
+        return (*super().structure(h), bool(h.use_gc), bool(h.gc_conv_only))
+
+
+class Ranger(Fused, SlowWeights, Optimizer):
+    r"""RAdam, Lookahead and gradient centralisation in one pass.
+
+    .. math::
+        g &\leftarrow g - \operatorname{mean}_{1\ldots}(g) \quad \text{where p has rows, if } \texttt{use\_gc} \\
+        p &\leftarrow \text{RAdam}(p, g), \quad \text{after } p \leftarrow (1 - \gamma\lambda) p \\
+        \phi &\leftarrow \phi + \alpha (p - \phi), \quad p \leftarrow \phi \qquad \text{if } t \bmod k = 0
+
+    The semantics of the original ``ranger.py`` (v20.4.11): the gradient is centralised over all dimensions but the
+    first; t, and with it the synchronisation, is counted per parameter; φ starts as the parameter before its first
+    update; decay is decoupled. ``ranger2020.py`` scales the decay by the rectified step and can centralise the final
+    direction instead; that is not done here. Ten defects of the published code are absent: ``use_gc=False`` is
+    honoured; decay is never written into a moment; groups with other betas do not share a cached step size; no ascent
+    before rectification; a closure is called; gradients are left as they were; copies and pickles are complete;
+    ``alpha`` and the threshold are per group; nothing is printed; no stale direction is used. The mean is summed
+    without error in float64 and rounded once. ``alpha=1, use_gc=False`` is :class:`RAdam` with decoupled decay, bit
+    for bit.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate γ (default: 1e-3). Before rectification and with slow weights, effective steps are much
+            smaller than Adam's: short trainings want 10 to 100 times its learning rate.
+        alpha: Step of the slow weights, in [0, 1] (default: 0.5).
+        k: Steps between synchronisations, at least 1 (default: 6).
+        n_sma_threshold: The step is rectified while ρ exceeds this; at least 4, below which the rectification is
+            undefined (default: 5). The original's spelling ``N_sma_threshhold`` is accepted too.
+        betas: Decay rates of the two moments, in [0, 1) (default: (0.95, 0.999)).
+        eps: Added to the uncorrected root, in the unit of the gradient (default: 1e-5).
+        weight_decay: λ, decoupled (default: 0).
+        use_gc: Centralise gradients of parameters with more than one dimension (default: True).
+        gc_conv_only: Centralise only those with more than three (default: False).
+        degenerated_to_sgd: Take momentum steps until the step is rectified; False waits instead, as the RAdam authors'
+            code does (default: True).
+        maximize: Ascend instead of descend (default: False).
+        backend: "native" or "reference" to insist on one; None chooses (default: None).
+
+    Shapes:
+        State per parameter: ``step`` (a number), ``exp_avg``, ``exp_avg_sq`` and ``slow_buffer`` shaped like it.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        RuntimeError: ``backend`` is not available here, or a gradient is sparse.
+
+    Example:
+        >>> import torch, fastopt
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fastopt.Ranger(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> with optimizer.slow_weights():
+        ...     loss = model(torch.ones(3, 4)).sum()
+
+    References:
+        Wright, "Ranger", 2019, github.com/lessw2020/Ranger-Deep-Learning-Optimizer.
+        Liu et al., arXiv:1908.03265; Zhang et al., arXiv:1907.08610; Yong et al., "Gradient Centralization",
+        ECCV 2020, arXiv:2004.01461.
+    """
+
+    rule = RangerRule()
+    slow_key = SLOW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        alpha: float = 0.5,
+        k: int = 6,
+        n_sma_threshold: float = 5,
+        betas: tuple[float, float] = (0.95, 0.999),
+        eps: float = 1e-5,
+        weight_decay: float = 0,
+        use_gc: bool = True,
+        gc_conv_only: bool = False,
+        *,
+        degenerated_to_sgd: bool = True,
+        maximize: bool = False,
+        backend: str | None = None,
+        N_sma_threshhold: float | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "k": k,
+            "n_sma_threshold": n_sma_threshold if N_sma_threshhold is None else N_sma_threshhold,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "use_gc": use_gc,
+            "gc_conv_only": gc_conv_only,
+            "degenerated_to_sgd": degenerated_to_sgd,
+            "maximize": maximize,
+        }
+        _check(defaults)
+        super().__init__(params, defaults, backend=backend)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "N_sma_threshhold" in param_group:
+            param_group = dict(param_group)
+            param_group["n_sma_threshold"] = param_group.pop("N_sma_threshhold")
+        _check(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+
+def _check(group: dict[str, Any]) -> None:
+    lr, k, betas = group["lr"], group["k"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= group["alpha"] <= 1.0:
+        raise ValueError(f"Invalid alpha value: {group['alpha']}; the step of the slow weights is in [0, 1]")
+    if isinstance(k, bool) or int(k) != k or k < 1:
+        raise ValueError(
+            f"Invalid k value: {k}; the number of steps between synchronisations is an integer of at least 1"
+        )
+    if not group["n_sma_threshold"] >= 4:
+        raise ValueError(
+            f"Invalid n_sma_threshold value: {group['n_sma_threshold']}; at least 4, else rectification is undefined"
+        )
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    for index in (0, 1):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")

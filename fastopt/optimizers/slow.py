@@ -1,0 +1,54 @@
+"""Slow weights: where Lookahead and Ranger keep them, and how to evaluate on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    _Base = Optimizer
+else:
+    _Base = object
+
+
+class SlowWeights(_Base):
+    """Mixin of optimizers whose state holds a slow copy of each parameter under `slow_key`."""
+
+    slow_key: ClassVar[str]
+
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Put the slow weights into the parameters for the duration of a ``with`` block, then the fast ones back.
+
+        The published results of Lookahead are those of the slow weights. A parameter that was never updated keeps its
+        value: that is its slow weight.
+
+        Example:
+            >>> import torch, fastopt
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = fastopt.Lookahead(fastopt.SGD(model.parameters(), lr=0.1))
+            >>> model(torch.ones(3, 4)).sum().backward()
+            >>> optimizer.step()
+            >>> with optimizer.slow_weights():
+            ...     loss = model(torch.ones(3, 4)).sum()
+        """
+        pairs = [
+            (p, self.state[p][self.slow_key])
+            for group in self.param_groups
+            for p in group["params"]
+            if p in self.state and self.slow_key in self.state[p]
+        ]
+        with torch.no_grad():
+            fast = [p.detach().clone() for p, _ in pairs]
+            for p, slow in pairs:
+                p.copy_(slow)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(pairs, fast, strict=True):
+                    p.copy_(value)

@@ -1,0 +1,154 @@
+"""State and work: what a step has to create, and the Python twin of the compiled Plan.
+
+`create_state` makes every missing state tensor of a step before anything is attached, so that running out of memory
+leaves the optimizer as it was. `PythonPlan` answers to the same three calls as ``_C.Plan`` (build, gather, launch) and
+drives backends that have no plan of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt.backends import reference
+from fastopt.rule import Row, Setting
+
+State = Mapping[Tensor, dict[str, Any]]
+Groups = Sequence[Mapping[str, Any]]
+SettingOf = Callable[[Mapping[str, Any]], Setting]
+
+
+def counter_dtype(setting: Setting) -> torch.dtype:
+    """The dtype torch gives to `step`: float64 only under a float64 default dtype, and never for fused."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 and not setting.h.fused else torch.float32
+
+
+def create_counter(setting: Setting, p: Tensor, value: float) -> Tensor:
+    on_device = setting.h.capturable or setting.h.fused
+    return torch.tensor(float(value), dtype=counter_dtype(setting), device=p.device if on_device else "cpu")
+
+
+def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state p lacks, key by key: counters first, then tensors, in the order torch creates them."""
+    new: dict[str, Tensor] = {}
+    for key, first in setting.rule.counters.items():
+        if not isinstance(state.get(key), Tensor):
+            new[key] = create_counter(setting, p, state.get(key, first))
+    for slot in setting.named_slots.values():
+        if state.get(slot.key) is None:
+            new[slot.key] = slot.create(p, setting.h)
+    return new
+
+
+def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: str) -> None:
+    for slot in setting.named_slots.values():
+        tensor = state.get(slot.key)
+        if isinstance(tensor, Tensor) and tensor.shape != p.shape:
+            raise ValueError(
+                f"state {slot.key!r} of {where} has shape {tuple(tensor.shape)}, the parameter has "
+                f"{tuple(p.shape)}: load a state that was saved for this model, or clear optimizer.state"
+            )
+
+
+@dataclass
+class Work:
+    """One parameter's update, ready to run."""
+
+    p: Tensor
+    grad: Tensor | None
+    setting: Setting
+    row: Row
+    tensors: list[Tensor]
+    rows: int
+    counters: list[Tensor] = field(default_factory=list)
+
+
+class PythonPlan:
+    """The reference driver's plan: looks everything up again on every step and keeps nothing between steps."""
+
+    def __init__(self, setting_of: SettingOf) -> None:
+        self._setting_of = setting_of
+        self._takes: dict[int, int] = {}
+        self._fresh: set[int] = set()
+        self._params: list[Tensor] = []
+        self._layouts: list[object] = []
+        self._work: list[Work] = []
+
+    def build(
+        self,
+        groups: Groups,
+        state: State,
+        takes: Sequence[Sequence[bool]],
+        rows: Sequence[Sequence[int]],
+        fresh: Sequence[Sequence[bool]],
+    ) -> None:
+        self._params = [p for group in groups for p in group["params"]]  # keeps ids from being reused
+        self._layouts = [self._setting_of(group).layout for group in groups]
+        flat = zip(
+            self._params,
+            (taken for group in takes for taken in group),
+            (n for group in rows for n in group),
+            (new for group in fresh for new in group),
+            strict=True,
+        )
+        self._takes, self._fresh = {}, set()
+        for p, taken, n, new in flat:
+            if taken:
+                self._takes[id(p)] = n
+            if new:
+                self._fresh.add(id(p))
+
+    def gather(self, groups: Groups, state: State, sync: Sequence[bool] | None) -> bool:
+        """Collect this step's work; False when the plan does not fit what it finds."""
+        self._work = []
+        known = {id(p) for p in self._params}
+        if len(groups) != len(self._layouts):
+            return False
+        for i, group in enumerate(groups):
+            setting = self._setting_of(group)
+            if setting.layout is not self._layouts[i]:
+                return False
+            for p in group["params"]:
+                if id(p) not in known:
+                    return False
+                if id(p) not in self._takes:
+                    continue
+                asked = sync is not None and sync[i]
+                own = state.get(p, {})
+                if p.grad is None and not (asked and own):
+                    continue
+                if missing_state(setting, p, own):
+                    return False
+                self._work.append(self._item(p, setting, own, asked))
+        return True
+
+    def _item(self, p: Tensor, setting: Setting, state: Mapping[str, Any], asked: bool) -> Work:
+        counters = [state[key] for key in setting.rule.counters]
+        t, carry, single = 0.0, 0.0, True
+        if p.grad is not None:
+            t = counters[0].item() + 1 if counters else 1.0 if id(p) in self._fresh else 2.0
+            if len(counters) > 1:
+                carry, single = counters[1].item(), counters[1].dtype == torch.float32
+        row = setting.at(t, carry, single, asked)
+        used = row.chain.state if t else ("slow",)
+        tensors = [state[setting.named_slots[name].key] for name in used]
+        rows = self._takes[id(p)] if t else 0
+        return Work(p, p.grad, setting, row, tensors, rows, counters if t else [])
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        for work in self._work:
+            if work.counters:
+                work.counters[0].add_(1)
+            if len(work.counters) > 1:
+                work.counters[1].fill_(work.row.carry)
+            self._fresh.discard(id(work.p))
+            grad = work.p if work.grad is None else work.grad
+            reference.launch(work.row.chain, work.p, grad, work.tensors, work.row.coefficients, work.rows)
+
+    def items(self) -> int:
+        return len(self._work)

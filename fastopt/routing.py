@@ -1,0 +1,101 @@
+"""Which parameters the kernels take, and for every other one the reason why not.
+
+What they do not take goes to torch's own code, parameter by parameter: nothing is silently wrong, and nothing that
+torch accepts is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastopt.rule import Setting
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_not_setting(setting: Setting, device: str) -> str:
+    """Why the kernels do not take a whole parameter group on `device`; empty if they do."""
+    if setting.h.differentiable:
+        return "differentiable=True needs torch operations that autograd can record"
+    if setting.h.capturable and device == "cpu":
+        return "capturable=True on a CPU parameter is an error, which torch's own code reports"
+    return ""
+
+
+def why_not_tensor(p: Tensor) -> str:
+    """Why the kernels do not take a parameter; empty if they do."""
+    if p.layout != torch.strided:
+        return f"layout {p.layout}"
+    if intercepts(p):
+        return f"tensor subclass {type(p).__name__} that intercepts torch operations"
+    if p.dtype not in DTYPES:
+        return f"dtype {str(p.dtype).removeprefix('torch.')}"
+    if p.is_inference():
+        return "inference tensor"
+    if p.is_neg():
+        return "negated view"
+    if p.numel() and _storage_end(p) > p.untyped_storage().nbytes():
+        return "storage was released"
+    if _overlaps_itself(p):
+        return "elements share memory"
+    return ""
+
+
+def why_not_grad(g: Tensor) -> str:
+    """Why the kernels do not take a gradient; empty if they do."""
+    if g.layout != torch.strided:
+        return f"gradient of layout {str(g.layout).removeprefix('torch.')}"
+    if intercepts(g):
+        return f"gradient of tensor subclass {type(g).__name__} that intercepts torch operations"
+    if g.dtype not in DTYPES:
+        return f"gradient of dtype {str(g.dtype).removeprefix('torch.')}"
+    if g.is_neg() or g.is_conj() or g._is_zerotensor():
+        return "gradient is a lazy view"
+    if g.numel() and _storage_end(g) > g.untyped_storage().nbytes():
+        return "storage of the gradient was released"
+    return ""
+
+
+def intercepts(t: Tensor) -> bool:
+    """Whether operations on t are dispatched to Python, so that its memory is not the whole truth."""
+    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python) or t.device.type == "meta"
+
+
+def _storage_end(t: Tensor) -> int:
+    last = int(t.storage_offset()) + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether two elements may share memory; exact for views made by torch, cautious otherwise."""
+    reach = 1
+    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * n
+    return False
+
+
+def sharing(params: Iterable[Tensor]) -> set[int]:
+    """Ids of parameters given twice, or whose memory extents overlap another's: torch updates those in turn."""
+    extents: list[tuple[int, int, int]] = []
+    found: set[int] = set()
+    seen: set[int] = set()
+    for p in params:
+        if id(p) in seen:
+            found.add(id(p))
+        seen.add(id(p))
+        if p.layout == torch.strided and not intercepts(p) and p.numel():
+            start = p.data_ptr()
+            extents.append((start, start - int(p.storage_offset()) * p.element_size() + _storage_end(p), id(p)))
+    extents.sort()
+    end, owner = -1, -1
+    for start, stop, name in extents:
+        if start < end and name != owner:
+            found |= {owner, name}
+        if stop > end:
+            end, owner = stop, name
+    return found

@@ -1,0 +1,312 @@
+"""The benchmark itself: its records, its tables, its method. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastopt
+from bench import allocations
+from bench.__main__ import main
+from bench.cases import CASES, STREAMS, Case, Goal, Workload, Yardstick, matches, tensors
+from bench.contenders import Contender, rivals
+from bench.cpu import jobs, measure_case
+from bench.peers import ForeachRanger, rectify
+from bench.race import Agreement, Samples, Spread, agreement, order, race
+from bench.records import COLUMNS, Environment, Row, append, read
+from bench.report import CLOSING, OPENING, with_block, write
+from bench.tables import markdown
+from bench.workload import OptimizerRunner, Tensors
+
+NANOSECONDS = 1_000_000_000
+HERE = Environment("abc123", "2026-01-02T03:04:05+00:00", "a processor, with a comma", "", "2.13.0", "", "3.11.7", 2)
+MINUTE = Workload(tensors(5, 33))
+
+
+class FakeClock:
+    """Time that passes only where the contenders say so."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class FakeRunner:
+    def __init__(self, label: str, clock: FakeClock, seconds: list[float]) -> None:
+        self.label, self.clock, self.seconds = label, clock, seconds
+        self.prepared: list[int] = []
+
+    def prepare(self, step: int) -> None:
+        self.clock.now += 17 * NANOSECONDS
+        self.prepared.append(step)
+
+    def run(self) -> None:
+        step = self.prepared[-1]
+        self.clock.now += round(self.seconds[step % len(self.seconds)] * NANOSECONDS)
+
+
+def adam_case(**changes: object) -> Case:
+    case = Case(
+        "adam 5x33",
+        "adam",
+        "5x33",
+        "Adam",
+        MINUTE,
+        "fused",
+        goals=(Goal("speedup", "≥", 2),),
+        seconds=0.05,
+        least_rounds=5,
+    )
+    return dataclasses.replace(case, **changes)  # type: ignore[arg-type]
+
+
+def test_times_are_per_step_without_preparation_and_without_warm_up() -> None:
+    clock = FakeClock()
+    slow, fast = FakeRunner("slow", clock, [99, 99, 8, 8, 6, 6]), FakeRunner("fast", clock, [99, 99, 2, 2, 3, 3])
+    samples = race([slow, fast], seconds=0, least_rounds=2, warm_up=1, steps_per_round=2, clock=clock)
+    assert samples.seconds == {"slow": [8, 6], "fast": [2, 3]}
+    assert samples.steps == 6
+    assert slow.prepared == fast.prepared == list(range(6))
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    samples = Samples()
+    for slow, fast in ((8.0, 2.0), (6.0, 3.0), (9.0, 3.0)):
+        samples.add("slow", slow)
+        samples.add("fast", fast)
+    assert samples.ratio("slow", "fast") == Spread(pytest.approx(2.4), 3.0, pytest.approx(3.6))
+    assert samples.time("slow").p50 == 8.0
+
+
+def test_a_rate_is_the_reciprocal_of_a_time() -> None:
+    assert Spread(1.0, 2.0, 4.0).reciprocal(8.0) == Spread(2.0, 4.0, 8.0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_contender_takes_every_place_equally_often(count: int) -> None:
+    clock = FakeClock()
+    runners = [FakeRunner(str(i), clock, [1]) for i in range(count)]
+    places = [[order(runners, round_).index(runner) for round_ in range(2 * count)] for runner in runners]
+    assert all(sorted(taken) == sorted(list(range(count)) * 2) for taken in places)
+
+
+def test_gradients_are_new_tensors_with_the_same_values_for_all() -> None:
+    shared = Tensors(MINUTE)
+    ours, theirs = shared.parameters(), shared.parameters()
+    seen = []
+    for step in range(4):
+        for parameters in (ours, theirs):
+            shared.give_gradients(parameters, step)
+            seen.append([p.grad for p in parameters])
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+    assert len({id(g) for gradients in seen for g in gradients}) == 8 * 5
+    assert not torch.equal(seen[0][0], seen[2][0])
+
+
+def test_rewritten_gradients_change_their_address() -> None:
+    shared = Tensors(Workload(tensors(1, 100), gradients="rewritten"))
+    (p,) = shared.parameters()
+    addresses = []
+    for step in range(3):
+        shared.give_gradients([p], step)
+        addresses.append(p.grad.data_ptr())
+    assert addresses[0] == addresses[2] != addresses[1]
+
+
+def test_absent_gradients_differ_from_step_to_step_and_are_half() -> None:
+    shared = Tensors(Workload(tensors(10, 3), absent=0.5))
+    parameters = shared.parameters()
+    patterns = []
+    for step in range(5):
+        shared.give_gradients(parameters, step)
+        patterns.append(tuple(p.grad is None for p in parameters))
+    assert [sum(pattern) for pattern in patterns] == [0, 5, 5, 5, 5]
+    assert len(set(patterns)) > 2
+
+
+def raced_adam(**hyper: object) -> tuple[list[torch.Tensor], Tensors, int]:
+    shared = Tensors(Workload(tensors(20, 50)))
+    runner = OptimizerRunner(Contender("adam", lambda groups: torch.optim.Adam(groups, foreach=False, **hyper)), shared)
+    steps = race([runner], seconds=0, least_rounds=8, warm_up=2).steps
+    return list(runner.parameters), shared, steps
+
+
+def test_foreach_does_the_same_work() -> None:
+    reference, shared, steps = raced_adam()
+    runner = OptimizerRunner(rivals("torch", "Adam", {})[1], shared)
+    assert race([runner], seconds=0, least_rounds=8, warm_up=2).steps == steps
+    assert agreement(runner.parameters, reference, shared.initial, steps).same_work
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"betas": (0.9, 0.998)}, {"lr": 1.001e-3}, {"weight_decay": 1e-3}, {"amsgrad": True}, {"eps": 1e-4}],
+    ids=str,
+)
+def test_a_contender_that_does_other_work_is_found_out(wrong: dict[str, object]) -> None:
+    reference, shared, steps = raced_adam()
+    other, _, _ = raced_adam(**wrong)
+    assert not agreement(other, reference, shared.initial, steps).same_work
+
+
+def test_parameters_that_did_not_move_prove_nothing() -> None:
+    still = [torch.ones(3)]
+    assert not agreement(still, still, still, 5).same_work
+
+
+def test_what_is_not_finite_does_not_agree() -> None:
+    broken = [torch.tensor([1.0, math.nan])]
+    result = agreement(broken, [torch.tensor([1.0, 2.0])], [torch.zeros(2)], 5)
+    assert result == Agreement(math.inf, math.inf, result.moved, 5)
+    assert not result.same_work
+
+
+def test_the_stand_in_ranger_is_radam_with_lookahead() -> None:
+    """Against torch's RAdam and the paper's pull-back, one step at a time."""
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
+    ranger = ForeachRanger([ours], lr=0.1, betas=(0.9, 0.999), eps=1e-8, k=3, alpha=0.5)
+    radam, slow = torch.optim.RAdam([theirs], lr=0.1, betas=(0.9, 0.999), eps=1e-8), theirs.detach().clone()
+    for step in range(1, 13):
+        ours.grad, theirs.grad = (torch.sin(torch.arange(9.0) * step) for _ in range(2))
+        ranger.step()
+        radam.step()
+        if step % 3 == 0:
+            slow.lerp_(theirs.detach(), 0.5)
+            theirs.data.copy_(slow)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert rectify(5, 0.999) is None
+    assert rectify(6, 0.999) == pytest.approx(0.025821 * math.sqrt(1 - 0.999**6), rel=1e-4)
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "cpu.csv"
+    first = Row.of(HERE, "adam 1x1", "fastopt", "us_per_step", Spread(1.5, 2.25, 1234567.0))
+    second = Row.of(HERE, "adam 1x1", "fastopt", "rounds", 12.0)
+    append(path, [first])
+    append(path, [second])
+    assert read(path) == [dataclasses.replace(first, p80=1.23457e6), second]
+    assert path.read_text(encoding="utf-8").count(COLUMNS[0]) == 1
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="starts with 'a,b'; a benchmark CSV starts with 'commit,date"):
+        read(path)
+
+
+def sample_rows(speedup: float = 3.0, same_work: float = 1.0, environment: Environment = HERE) -> list[Row]:
+    def row(contender: str, metric: str, value: float) -> Row:
+        return Row.of(environment, "adam 1000x64", contender, metric, Spread(value * 0.9, value, value * 1.1))
+
+    return [
+        row("fastopt", "us_per_step", 500.0),
+        row("torch fused", "us_per_step", 500.0 * speedup),
+        row("fastopt", "speedup/torch fused", speedup),
+        Row.of(environment, "adam 1000x64", "fastopt", "same_work/torch fused", same_work),
+    ]
+
+
+def test_the_report_is_idempotent_and_leaves_the_rest_alone(tmp_path: Path) -> None:
+    csv, readme, plot = tmp_path / "cpu.csv", tmp_path / "README.md", tmp_path / "cpu.png"
+    append(csv, sample_rows())
+    readme.write_text(
+        f"# Title\n\n{OPENING.format(name='cpu')}\nold\n{CLOSING.format(name='cpu')}\n\nafter\n", encoding="utf-8"
+    )
+    write(csv, readme, plot)
+    once, picture = readme.read_text(encoding="utf-8"), plot.read_bytes()
+    write(csv, readme, plot)
+    assert readme.read_text(encoding="utf-8") == once
+    assert plot.read_bytes() == picture
+    assert once.startswith("# Title\n\n<!-- bench:cpu -->\n")
+    assert once.endswith("<!-- /bench:cpu -->\n\nafter\n")
+    assert "| 1000x64 | 500 µs | 1.5 ms | 3.00 (2.70–3.30) | ≥ 30x | yes |" in once
+    assert "old" not in once
+
+
+def test_a_readme_without_markers_is_told_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"README\.md has no place for the tables: write a line <!-- bench:cpu -->"):
+        with_block("# Title\n", "cpu", "body", "README.md")
+
+
+def test_different_work_is_marked() -> None:
+    assert "**different work**" in markdown(sample_rows(same_work=0.0))
+
+
+def test_the_latest_run_of_a_case_is_shown_and_named() -> None:
+    later = dataclasses.replace(HERE, commit="def456", date="2026-02-02T03:04:05+00:00")
+    text = markdown([*sample_rows(3.0), *sample_rows(4.0, environment=later)])
+    assert "4.00 (3.60–4.40)" in text
+    assert "3.00" not in text
+    assert "def456" in text
+    assert "abc123" not in text
+
+
+def test_cases_are_well_formed() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        assert case.rule in STREAMS
+        assert len(case.workload.shapes) % case.workload.groups == 0
+        assert matches(case.name, case.name)
+
+
+def test_groups_deal_all_tensors_and_all_settings() -> None:
+    workload = Workload(tensors(12, 2), groups=6, settings=3)
+    groups = workload.deal(Tensors(workload).parameters())
+    assert [len(group["params"]) for group in groups] == [2] * 6
+    assert len({(group["lr"], group["weight_decay"]) for group in groups}) == 3
+
+
+def test_quick_leaves_out_the_large_tensors() -> None:
+    names = {job.name for job in jobs(quick=True)}
+    assert names < {job.name for job in jobs()}
+    assert not any("50,000,000" in name for name in names)
+    assert [job.name for job in jobs("adam 1000x64")] == ["adam 1000x64"]
+
+
+@pytest.mark.skipif(not fastopt.backends.available("native"), reason=fastopt.backends.why_not("native"))
+def test_smallest_case_runs_and_agrees() -> None:
+    one_tensor = Yardstick("fastopt, one tensor", workload=Workload(tensors(1, 33)))
+    measured = {
+        (contender, metric): value for contender, metric, value in measure_case(adam_case(yardstick=one_tensor))
+    }
+    assert measured["fastopt", "same_work/torch fused"] == 1.0
+    assert {"speedup/torch fused", "cost/fastopt, one tensor", "us_per_step", "rounds"} <= {
+        metric for _, metric in measured
+    }
+
+
+def test_noise_case_needs_no_subject_of_ours() -> None:
+    measured = {
+        (contender, metric): value for contender, metric, value in measure_case(adam_case(rivals="same", table="noise"))
+    }
+    assert measured["torch fused again", "max_ulp/torch fused"] == 0.0
+
+
+def test_allocations_are_counted() -> None:
+    foreach = rivals("torch", "Adam", {})[1]
+    result = allocations.measure(foreach, MINUTE, 10)
+    assert min(result.torch_per_step) >= len(MINUTE.shapes)
+
+
+def test_command_prints_tables_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, csv = torch.get_num_threads(), tmp_path / "cpu.csv"
+    try:
+        assert main(["cpu", "--quick", "--only", "noise 1000x64", "--csv", str(csv), "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr()
+    assert "**Noise of the run" in output.out
+    assert "[1/1" in output.err
+    assert {row.case for row in read(csv)} == {"noise 1000x64"}
+
+
+def test_command_names_the_cases_when_none_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cpu", "--only", "no such case"]) == 2
+    assert "the cases are: adam 1000x64" in capsys.readouterr().err

@@ -1,0 +1,433 @@
+"""`fastopt.compare`: finds what is there to find, says when it is chance, and survives what users bring."""
+
+import csv
+import math
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastopt
+from fastopt import noise, report, tasks
+from fastopt.__main__ import main
+from fastopt.compare import compare
+from fastopt.comparison import Comparison, Run
+from fastopt.entrants import default_names, entrants, split_names
+
+DATA = torch.randn(256, 5, generator=torch.Generator().manual_seed(3))
+PNG = b"\x89PNG"
+
+
+def make_model() -> nn.Module:
+    return nn.Linear(5, 1)
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
+
+
+def evaluate(model: nn.Module) -> float:
+    return loss(model, DATA).item()
+
+
+def shuffled(seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield DATA[torch.randint(len(DATA), (16,), generator=generator)]
+
+
+def quick(**options: object) -> Comparison:
+    settings = {"optimizers": ["SGD"], "lrs": [0.1], "seeds": 2, "steps": 20, "progress": False, **options}
+    return compare(make_model, loss, shuffled, evaluate, **settings)
+
+
+def synthetic(scores: dict[str, dict[float, list[float]]], **options: object) -> Comparison:
+    """A comparison of given scores by optimizer and lr; NaN stands for a diverged run."""
+    runs = [
+        Run(name, lr, seed, score, {"score": score}, array("d", [1.0]), 1 if math.isnan(score) else None, 0.0)
+        for name, by_lr in scores.items()
+        for lr, of_seeds in by_lr.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+    return Comparison(tuple(runs), steps=1, **options)
+
+
+class TestFinds:
+    def test_a_learning_rate_that_does_nothing_loses(self):
+        result = quick(lrs=[1e-30, 0.1])
+        assert result.best.lr == 0.1
+        stuck, trained = ([run.score for run in result.runs if run.lr == lr] for lr in (1e-30, 0.1))
+        assert min(stuck) > 10 * max(trained)
+
+    def test_an_optimizer_that_does_nothing_is_worse_beyond_noise(self):
+        def frozen(params, lr):
+            return torch.optim.SGD(params, lr=0.0)
+
+        result = quick(optimizers={"working": "SGD", "frozen": frozen}, seeds=3)
+        working, stuck = result.standings
+        assert (working.optimizer, stuck.optimizer) == ("working", "frozen")
+        assert result.verdict(stuck) == "worse"
+        assert stuck.behind > stuck.noise > 0
+        assert "Worse, beyond the noise (95% confidence): frozen" in str(result)
+
+    def test_identical_optimizers_are_within_noise(self):
+        result = quick(optimizers={"one": torch.optim.SGD, "two": torch.optim.SGD}, seeds=3)
+        assert result.standings[0].scores == result.standings[1].scores
+        assert result.standings[1].behind == 0
+        assert result.verdict(result.standings[1]) == "within noise"
+
+    def test_without_a_grid_it_searches_until_the_best_is_inside(self):
+        result = quick(lrs=None, steps=60)
+        (sgd,) = result.standings
+        assert sgd.edge == ""
+        assert len(sgd.lrs) > 3, "the default of SGD, 1e-3, is far too small here, so the grid had to grow"
+        assert sgd.lrs == tuple(sorted(sgd.lrs))
+
+    def test_higher_is_better(self):
+        def score(model):
+            return -evaluate(model)
+
+        result = compare(
+            make_model, loss, shuffled, score, optimizers=["SGD"], lrs=[1e-30, 0.1], steps=20, higher_is_better=True,
+            progress=False,
+        )  # fmt: skip
+        assert result.best.lr == 0.1
+
+    def test_without_evaluate_the_score_is_the_loss_on_the_batches_that_follow(self):
+        result = compare(make_model, loss, shuffled, optimizers=["SGD"], lrs=[1e-30], seeds=1, steps=20, progress=False)
+        torch.manual_seed(0)
+        model = make_model()
+        batches = [batch for batch, _ in zip(shuffled(0), range(22), strict=False)]
+        with torch.no_grad():
+            expected = sum(loss(model, batch).item() for batch in batches[20:]) / 2
+        assert result.best.mean == expected
+        assert result.score_name == "loss"
+
+    def test_lookahead_is_scored_on_its_slow_weights(self):
+        result = quick(optimizers=["Lookahead(SGD, k=1000)"], seeds=1)
+        torch.manual_seed(0)
+        assert result.best.mean == evaluate(make_model()), (
+            "before the first synchronisation the slow weights are the first"
+        )
+
+    def test_every_seed_is_the_same_start_and_order_for_all_and_repeats(self):
+        first, again = (quick(optimizers=["SGD", "Adam"], lrs=[1e-30]) for _ in range(2))
+        sgd, adam = ([run.losses for run in first.runs if run.optimizer == name] for name in ("SGD", "Adam"))
+        assert sgd == adam
+        assert sgd[0] != sgd[1], "the two seeds differ"
+        assert [run.losses for run in first.runs] == [run.losses for run in again.runs]
+
+    def test_the_global_random_state_is_left_alone(self):
+        torch.manual_seed(11)
+        before = torch.get_rng_state()
+        quick()
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class TestDivergence:
+    def test_is_counted_and_does_not_stop_the_others(self):
+        result = quick(lrs=[0.1, 1e30], steps=40)
+        diverged = [run for run in result.runs if run.diverged_at is not None]
+        assert {run.lr for run in diverged} == {1e30}
+        assert all(0 < run.diverged_at < 40 and math.isnan(run.score) for run in diverged)
+        assert result.best.lr == 0.1
+        assert "2 of 4 runs diverged" in str(result)
+
+    def test_everywhere_is_said(self):
+        result = quick(lrs=[1e30], steps=40)
+        assert result.best.diverged == 2
+        assert math.isnan(result.best.mean)
+        assert "try smaller learning rates" in str(result)
+
+    def test_of_a_loss_that_raises_on_bad_input_counts_too(self):
+        def fussy(model, batch):
+            probability = torch.sigmoid(model(batch) * 1e3)
+            return nn.functional.binary_cross_entropy(probability, (batch.sum(dim=1, keepdim=True) > 0).float())
+
+        def explode(params, lr):
+            optimizer = torch.optim.SGD(params, lr=lr)
+            optimizer.register_step_post_hook(lambda *_: [p.data.fill_(math.nan) for p in params])
+            return optimizer
+
+        result = compare(make_model, fussy, shuffled, optimizers=[explode], lrs=[0.1], steps=9, progress=False)
+        assert [run.diverged_at for run in result.runs] == [1, 1, 1]
+
+    def test_does_not_hide_an_error_of_the_user(self):
+        def broken(model, batch):
+            raise RuntimeError("shapes do not match")
+
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            compare(make_model, broken, shuffled, optimizers=["SGD"], lrs=[0.1], progress=False)
+
+    def test_a_setting_that_diverges_on_one_seed_loses_to_one_that_does_not(self):
+        result = synthetic({"A": {0.1: [1.0, 1.1, 1.2], 1.0: [0.1, 0.1, math.nan]}, "B": {0.1: [0.2, math.nan, 0.2]}})
+        assert [(it.optimizer, it.lr) for it in result.standings] == [("A", 0.1), ("B", 0.1)]
+        assert result.verdict(result.standings[1]) == "diverged: 1 of 3"
+
+
+class TestNoise:
+    # Student's t at two-sided 95 %, from any printed table.
+    @pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (58, 2.002)])
+    def test_quantile_is_that_of_the_tables(self, freedom, t):
+        assert noise.student_quantile(0.05, freedom) == pytest.approx(t, abs=6e-4)
+
+    def test_half_width_by_hand(self):
+        # Variances 1 and 4, three values each: pooled 2.5, standard error sqrt(2.5 * 2 / 3), 4 degrees of freedom.
+        width = noise.half_width([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
+        assert width == pytest.approx(2.77645 * math.sqrt(2.5 * 2 / 3), rel=1e-5)
+
+    def test_several_rivals_need_a_larger_difference(self):
+        samples = [1.0, 2.0, 3.0], [2.0, 3.0, 5.0]
+        widths = [noise.half_width(*samples, comparisons=count) for count in (1, 2, 11)]
+        assert widths == sorted(widths)
+        # 5 % shared by two rivals is Student's t at 97.5 %, which is 3.495 with 4 degrees of freedom.
+        assert widths[1] / widths[0] == pytest.approx(3.4954 / 2.77645, rel=1e-4)
+
+    def test_is_unknown_with_one_seed_and_nothing_without_spread(self):
+        assert math.isnan(noise.half_width([1.0], [2.0, 3.0]))
+        assert noise.half_width([1.0, 1.0], [2.0, 2.0]) == 0
+
+    def test_false_alarms_are_as_rare_as_promised(self):
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randn(2000, 2, 3, generator=generator, dtype=torch.float64)
+        means = draws.mean(dim=2)
+        apart = sum(
+            abs(means[i, 0] - means[i, 1]).item() > noise.half_width(*draws[i].tolist()) for i in range(len(draws))
+        )
+        assert 0.035 < apart / len(draws) < 0.065, "5 % +- 3 standard errors of 2000 trials"
+
+    def test_verdicts_of_known_scores(self):
+        result = synthetic({
+            "clear": {0.1: [5.0, 5.1, 4.9]},
+            "best": {0.1: [1.0, 1.1, 0.9]},
+            "near": {0.1: [1.05, 1.15, 0.95]},
+        })  # fmt: skip
+        assert {it.optimizer: result.verdict(it) for it in result.standings} == {
+            "best": "best", "near": "within noise", "clear": "worse",
+        }  # fmt: skip
+        assert result.standings[2].behind == pytest.approx(4.0)
+
+    def test_one_seed_says_that_it_cannot_tell(self):
+        result = synthetic({"A": {0.1: [1.0]}, "B": {0.1: [2.0]}})
+        assert result.verdict(result.standings[1]) == "noise unknown"
+        assert "One seed cannot tell" in str(result)
+
+    @pytest.mark.parametrize(("best", "edge"), [(0.01, "lowest"), (0.1, ""), (1.0, "highest")])
+    def test_the_end_of_the_grid_is_flagged(self, best, edge):
+        result = synthetic({"A": {lr: [0.0 if lr == best else 1.0] for lr in (0.01, 0.1, 1.0)}})
+        assert result.best.edge == edge
+        assert ("widen the grid" in str(result)) == bool(edge)
+
+
+class TestOutput:
+    def test_csv_round_trip(self, tmp_path):
+        result = quick(optimizers=["SGD", "Adam"], lrs=[0.1, 1e30], steps=40)
+        result.to_csv(tmp_path / "runs.csv")
+        with (tmp_path / "runs.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(result.runs) == 8
+        for row, run in zip(rows, result.runs, strict=True):
+            assert (row["optimizer"], int(row["seed"]), int(row["steps"])) == (run.optimizer, run.seed, 40)
+            assert float(row["lr"]) == run.lr
+            assert float(row["score"]) == run.score or math.isnan(run.score)
+            assert row["diverged_at"] == ("" if run.diverged_at is None else str(run.diverged_at))
+
+    def test_every_metric_is_recorded_and_the_first_one_ranks(self, tmp_path):
+        def metrics(model):
+            return {"error": evaluate(model), "bias": model.bias.item()}
+
+        result = compare(make_model, loss, shuffled, metrics, optimizers=["SGD"], lrs=[0.1], steps=5, progress=False)
+        result.to_csv(tmp_path / "runs.csv")
+        header, first, *_ = (tmp_path / "runs.csv").read_text().splitlines()
+        assert header.endswith("error,bias")
+        assert float(first.split(",")[-2]) == result.runs[0].score
+        assert "error" in result.table()
+
+    @pytest.mark.parametrize("lrs", [[0.1], [0.01, 0.1, 1e30], [1e30]], ids=["one-lr", "some-diverge", "all-diverge"])
+    def test_plot_is_a_picture(self, tmp_path, lrs):
+        path = tmp_path / "plot.png"
+        quick(optimizers=["SGD", "Adam"], lrs=lrs, steps=40).plot(path)
+        assert path.read_bytes().startswith(PNG)
+        assert path.stat().st_size > 10_000
+
+    def test_table_has_a_line_for_each_optimizer(self):
+        result = quick(optimizers=["SGD", "Adam"])
+        lines = result.table().splitlines()
+        assert len(lines) == 4
+        assert lines[2].startswith(result.best.optimizer)
+
+    def test_progress_falls_back_to_plain_lines_in_a_log(self, capsys):
+        with report.Progress(100) as bar:
+            for step in range(100):
+                bar._due = 0.0
+                bar.advance(f"loss {step}")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 11
+        assert lines[-1].startswith("100%  100/100 steps  loss 99")
+
+    def test_a_missing_extra_says_how_to_get_it(self):
+        with pytest.raises(ModuleNotFoundError, match=r'drawing needs no_such_module.*pip install "fastopt\[demo\]"'):
+            report.need("no_such_module.inner", "drawing")
+
+
+class TestOptimizers:
+    def test_the_default_list_is_every_public_optimizer_and_all_of_them_train(self):
+        names = default_names()
+        assert {"SGD", "Adam", "AMSGrad", "RAdam", "Lookahead(Adam)", "Ranger"} <= set(names)
+        public = [
+            name
+            for name in fastopt.__all__
+            if isinstance(getattr(fastopt, name), type) and issubclass(getattr(fastopt, name), torch.optim.Optimizer)
+        ]
+        assert all(any(name in shown for shown in names) for name in public)
+        result = quick(optimizers=None, lrs=[1e-3], seeds=1, steps=3)
+        assert sorted(it.optimizer for it in result.standings) == sorted(names)
+        assert all(run.diverged_at is None for run in result.runs)
+
+    @pytest.mark.parametrize(
+        ("text", "name", "cls"),
+        [
+            ("adam", "Adam", fastopt.Adam),
+            ("amsgrad", "AMSGrad", fastopt.Adam),
+            ("sgd(momentum=0.9, nesterov=True)", "SGD(momentum=0.9, nesterov=True)", fastopt.SGD),
+            ("lookahead", "Lookahead(Adam)", fastopt.Lookahead),
+            ("Lookahead(torch.radam, k=6)", "Lookahead(torch.RAdam, k=6)", fastopt.Lookahead),
+            ("torch.adam(fused=True)", "torch.Adam(fused=True)", torch.optim.Adam),
+        ],
+    )
+    def test_names_are_read(self, text, name, cls):
+        (entrant,) = entrants([text])
+        assert entrant.name == name
+        optimizer = entrant.make([torch.zeros(2, requires_grad=True)], 0.25)
+        assert type(optimizer) is cls
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        if name == "AMSGrad":
+            assert optimizer.param_groups[0]["amsgrad"]
+
+    def test_classes_and_callables_are_taken(self):
+        def mine(params, lr):
+            return torch.optim.SGD(params, lr=lr, momentum=0.5)
+
+        assert [entrant.name for entrant in entrants([torch.optim.Adadelta, mine])] == ["Adadelta", "mine"]
+
+    def test_commas_in_parentheses_do_not_split(self):
+        assert split_names("adam, lookahead(sgd(momentum=0.9), k=5),sgd,") == [
+            "adam", "lookahead(sgd(momentum=0.9), k=5)", "sgd",
+        ]  # fmt: skip
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"optimizers": ["adm"]}, ValueError, "unknown optimizer 'adm': did you mean adam"),
+            ({"optimizers": ["torch.nope"]}, ValueError, "unknown optimizer 'torch.nope'"),
+            ({"optimizers": ["SGD(lr=0.1)"]}, ValueError, "lr comes from the grid"),
+            ({"optimizers": ["SGD(0.9)"]}, ValueError, "options go by name"),
+            ({"optimizers": ["SGD(momentum=open)"]}, ValueError, "options must be plain values"),
+            ({"optimizers": ["Lookahead(k=5)"]}, ValueError, "Lookahead wraps one other"),
+            ({"optimizers": ["SGD("]}, ValueError, "cannot read the optimizer"),
+            ({"optimizers": ["SGD(momentum=-1)"]}, ValueError, "Invalid momentum value"),
+            ({"optimizers": "SGD"}, TypeError, r"write \['SGD'\]"),
+            ({"optimizers": []}, ValueError, "name at least one"),
+            ({"optimizers": ["SGD", "sgd"]}, ValueError, "share the name 'SGD'"),
+            ({"optimizers": [3]}, TypeError, "got int: 3"),
+            ({"optimizers": [nn.Linear]}, TypeError, "derived from torch.optim.Optimizer; got Linear"),
+            ({"optimizers": [fastopt.Lookahead]}, TypeError, r"such as 'Lookahead\(Adam\)'"),
+            ({"lrs": []}, ValueError, "at least one"),
+            ({"lrs": [0.1, -1.0]}, ValueError, "positive"),
+            ({"seeds": 0}, ValueError, "at least 1"),
+            ({"seeds": [1, 1]}, ValueError, "different"),
+            ({"steps": 0}, ValueError, "steps must be at least 1"),
+            ({"confidence": 95}, ValueError, "between 0 and 1"),
+        ],
+        ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
+    )
+    def test_is_refused_before_any_training(self, options, error, message):
+        def never(model, batch):
+            raise AssertionError("trained")
+
+        settings = {"optimizers": ["SGD"], "lrs": [0.1], "progress": False, **options}
+        with pytest.raises(error, match=message):
+            compare(make_model, never, shuffled, **settings)
+
+    def test_batches_that_cannot_start_over(self):
+        with pytest.raises(TypeError, match="read only once"):
+            compare(make_model, loss, iter(DATA.split(16)), optimizers=["SGD"], lrs=[0.1], progress=False)
+        with pytest.raises(ValueError, match="batches ended after 16 in a run of 300 steps"):
+            compare(make_model, loss, lambda seed: iter(DATA.split(16)), optimizers=["SGD"], lrs=[0.1], progress=False)
+
+    def test_a_model_instead_of_a_function(self):
+        with pytest.raises(TypeError, match="lambda: Net"):
+            compare(make_model(), loss, shuffled, progress=False)
+
+    def test_a_data_loader_starts_over(self):
+        loader = torch.utils.data.DataLoader(DATA, batch_size=64, shuffle=True)
+        first, again = (
+            compare(make_model, loss, loader, optimizers=["SGD"], lrs=[0.1], seeds=2, steps=9, progress=False)
+            for _ in range(2)
+        )
+        assert [run.losses for run in first.runs] == [run.losses for run in again.runs]
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", tasks.TASKS)
+    def test_repeats_to_the_bit_and_differs_by_seed(self, name):
+        task = tasks.get(name)
+        state = torch.get_rng_state()
+        one, same, other = (task.make_model(seed).state_dict() for seed in (0, 0, 1))
+        assert all(torch.equal(one[key], same[key]) for key in one)
+        assert not all(torch.equal(one[key], other[key]) for key in one)
+        (x, y), (x_same, y_same), (x_other, _) = (next(task.batches(seed)) for seed in (0, 0, 1))
+        assert torch.equal(x, x_same)
+        assert torch.equal(y, y_same)
+        assert not torch.equal(x, x_other)
+        assert torch.equal(state, torch.get_rng_state())
+
+    @pytest.mark.parametrize(("name", "lr", "gain"), [("digits", 1e-2, 1.5), ("chars", 3e-3, 2.0)])
+    def test_can_be_learned(self, name, lr, gain):
+        task = tasks.get(name)
+        model = task.make_model(0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        before = next(iter(task.evaluate(model).values()))
+        for _, batch in zip(range(60), task.batches(0), strict=False):
+            optimizer.zero_grad()
+            task.loss(model, batch).backward()
+            optimizer.step()
+        assert next(iter(task.evaluate(model).values())) < before - gain
+        assert model.training, "evaluating restored the mode"
+
+    def test_an_unknown_one_lists_those_there_are(self):
+        with pytest.raises(ValueError, match="unknown task 'mnist': the tasks are digits, chars"):
+            tasks.get("mnist")
+
+
+class TestCommand:
+    def test_compare_writes_its_files_and_prints_the_winner(self, tmp_path, capsys):
+        status = main([
+            "compare", "--task", "digits", "--optimizers", "sgd(momentum=0.9), adam", "--lrs", "1e-30,1e-2",
+            "--seeds", "2", "--steps", "20", "--out", str(tmp_path / "out"),
+        ])  # fmt: skip
+        printed = capsys.readouterr().out
+        assert status == 0
+        assert "at lr 0.01 did best: test_loss" in printed
+        assert len((tmp_path / "out" / "compare.csv").read_text().splitlines()) == 1 + 2 * 2 * 2
+        assert (tmp_path / "out" / "compare.png").read_bytes().startswith(PNG)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["compare", "--optimizers", "adm"], "unknown optimizer 'adm'"),
+            (["compare", "--task", "mnist"], "unknown task 'mnist'"),
+            (["compare", "--lrs", "fast"], "could not convert string to float: 'fast'"),
+        ],
+    )
+    def test_a_mistake_is_a_sentence_not_a_traceback(self, arguments, message, capsys):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+    def test_info_prints(self, capsys):
+        assert main(["info"]) == 0
+        assert str(fastopt.info()) in capsys.readouterr().out

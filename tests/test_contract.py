@@ -1,0 +1,698 @@
+"""torch.optim's contract for the eight torch names: construction, errors, state, hooks, closures, schedulers, edits."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import oracles
+import pytest
+import torch
+from cases import TORCH_CASES, TORCH_NAMES, Case, backends, by_id, parametrize
+from harness import Built, Scenario, Spec, assert_same, difference, snapshot, states_in_order
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+
+import fastopt
+
+each_name = pytest.mark.parametrize("name", TORCH_NAMES)
+each_backend = pytest.mark.parametrize("backend", backends())
+
+
+def both(name: str) -> tuple[Any, Any]:
+    return getattr(fastopt, name), getattr(torch.optim, name)
+
+
+def param(*shape: int, **kwargs: Any) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(*shape, **kwargs))
+
+
+def outcome(action: Callable[[], Any]) -> tuple[type, str] | None:
+    """What is raised (warnings included), or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            action()
+        except (Exception, Warning) as error:  # the type is what the tests compare
+            return type(error), str(error)
+    return None
+
+
+def accepts(name: str, *options: str) -> bool:
+    return set(options) <= set(inspect.signature(getattr(torch.optim, name)).parameters)
+
+
+@each_name
+def test_signature_is_torchs_plus_backend(name: str) -> None:
+    ours, theirs = (inspect.signature(cls).parameters for cls in both(name))
+    *shared, backend = ours.values()
+    assert [(p.name, p.kind, p.default) for p in shared] == [(p.name, p.kind, p.default) for p in theirs.values()]
+    assert (backend.name, backend.kind, backend.default) == ("backend", inspect.Parameter.KEYWORD_ONLY, None)
+
+
+@each_name
+def test_class_is_a_subclass_of_the_torch_class_under_its_name(name: str) -> None:
+    ours, theirs = both(name)
+    assert issubclass(ours, theirs)
+    assert (ours.__name__, ours.__qualname__) == (name, name)
+    assert ours.__module__.startswith("fastopt")
+    assert ours.__doc__ != theirs.__doc__
+
+
+def test_adamw_is_an_adam() -> None:
+    assert issubclass(fastopt.AdamW, fastopt.Adam)
+
+
+@each_name
+def test_defaults_and_groups_are_torchs(name: str) -> None:
+    p = param(3)
+    ours, theirs = (cls([p]) for cls in both(name))
+    assert ours.defaults == theirs.defaults
+    assert list(ours.param_groups[0].items()) == list(theirs.param_groups[0].items())
+    assert repr(ours) == repr(theirs)
+
+
+@each_name
+def test_positional_arguments_mean_what_they_do_in_torch(name: str) -> None:
+    positional = [
+        p.default
+        for p in list(inspect.signature(getattr(torch.optim, name)).parameters.values())[1:]
+        if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    p = param(3)
+    ours, theirs = (cls([p], *positional) for cls in both(name))
+    assert ours.param_groups == theirs.param_groups
+
+
+@each_name
+def test_backend_is_no_hyper_parameter(name: str) -> None:
+    optimizer = getattr(fastopt, name)([param(3)], backend="reference")
+    assert "backend" not in optimizer.defaults
+    assert "backend" not in optimizer.param_groups[0]
+    assert "backend" not in optimizer.state_dict()["param_groups"][0]
+
+
+def test_unknown_backend_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"native.*reference|reference.*native") as error:
+        fastopt.Adam([param(3)], backend="vulkan")
+    assert "vulkan" in str(error.value)
+
+
+def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTOPT_BACKEND", "reference")
+    p = param(3)
+    p.grad = torch.ones(3)
+    optimizer = fastopt.Adam([p])
+    optimizer.step()
+    assert "reference" in str(fastopt.explain(optimizer))
+    monkeypatch.setenv("FASTOPT_BACKEND", "vulkan")
+    with pytest.raises(ValueError, match="vulkan"):
+        fastopt.Adam([param(3)])
+
+
+def _error_inputs() -> list[Any]:
+    rows = []
+    for info in optim_db:
+        if info.name in TORCH_NAMES:
+            for i, error in enumerate(info.optim_error_inputs_func("cpu", torch.float32)):
+                desc = error.optimizer_error_input.desc.replace(" ", "-") or str(i)
+                rows.append(pytest.param(info.name, error, id=f"{info.name}-{desc}"))
+    return rows
+
+
+@pytest.mark.parametrize(("name", "error"), _error_inputs())
+def test_torchs_own_error_inputs(name: str, error: Any) -> None:
+    """The error database torch tests its own optimizers with."""
+    assert error.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+    given = error.optimizer_error_input
+    params = [param(2, 2)] if given.params is None else given.params
+    ours, theirs = (outcome(lambda cls=cls: cls(params, **given.kwargs)) for cls in both(name))
+    assert ours == theirs
+    assert ours is not None
+    assert issubclass(ours[0], error.error_type)
+
+
+BAD = [
+    {"lr": -1.0},
+    {"lr": float("nan")},
+    {"lr": torch.tensor([0.1, 0.2])},
+    {"lr": torch.tensor(0.1), "foreach": True},
+    {"eps": -1e-8},
+    {"eps": float("nan")},
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, 1.0)},
+    {"betas": (-0.1, 0.9)},
+    {"betas": (0.9, float("nan"))},
+    {"betas": (0, 0.9)},
+    {"betas": (torch.tensor(0.9), 0.99)},
+    {"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.99))},
+    {"weight_decay": -0.1},
+    {"weight_decay": float("nan")},
+    {"momentum": -0.9},
+    {"alpha": -0.1},
+    {"lr_decay": -0.1},
+    {"initial_accumulator_value": -0.1},
+    {"momentum_decay": -0.1},
+    {"nesterov": True},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+    {"fused": True, "foreach": True},
+    {"fused": True, "differentiable": True},
+    {"no_such_option": 1},
+]
+
+
+@each_name
+@pytest.mark.parametrize("kwargs", BAD, ids=lambda kw: "-".join(f"{k}={v}" for k, v in kw.items()).replace(" ", ""))
+def test_what_torch_rejects_is_rejected_alike(name: str, kwargs: dict[str, Any]) -> None:
+    """Same type, same message; and what torch accepts (such as a NaN lr in SGD) is accepted."""
+    known = accepts(name, *kwargs)
+    if not known and "no_such_option" not in kwargs:
+        pytest.skip(f"{name} has no such option")
+    ours, theirs = (outcome(lambda cls=cls: cls([param(2, 2)], **kwargs)) for cls in both(name))
+    if known:
+        assert ours == theirs
+    else:
+        assert ours is not None
+        assert ours[0] is TypeError
+        assert "no_such_option" in ours[1]
+
+
+BAD_PARAMS: dict[str, Callable[[], Any]] = {
+    "tensor": lambda: torch.ones(2),
+    "empty": list,
+    "not-a-tensor": lambda: [1.0],
+    "non-leaf": lambda: [param(2) * 2],
+    "group-of-a-set": lambda: [{"params": {torch.nn.Parameter(torch.zeros(()))}}],
+    "no-params-key": lambda: [{"lr": 0.1}],
+    "string": lambda: "weights",
+    "empty-group": lambda: [{"params": []}],
+    "group-with-unknown-option": lambda: [{"params": [torch.nn.Parameter(torch.zeros(()))], "mine": 3}],
+}
+
+
+@each_name
+@pytest.mark.parametrize("what", BAD_PARAMS)
+def test_bad_parameters_are_rejected_alike(name: str, what: str) -> None:
+    params = BAD_PARAMS[what]()
+    ours, theirs = (outcome(lambda cls=cls: cls(params)) for cls in both(name))
+    assert ours == theirs
+
+
+def _step_outcome(cls: Any, kwargs: dict[str, Any], spoil: Callable[[list[Any]], None], fine: int = 1) -> Any:
+    """What a step raises, and what it left behind, for `fine` good parameters followed by a bad one."""
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(fine + 1)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    spoil(params)
+    optimizer = cls(params, **kwargs)
+    result = outcome(optimizer.step)
+    return result, [p.detach().clone() for p in params[:fine]], optimizer
+
+
+def _sparse(params: list[Any]) -> None:
+    params[-1].grad = torch.ones(4, 3).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [(n, {}) for n in TORCH_NAMES if n not in ("SGD", "Adagrad")]
+    + [
+        ("Adagrad", {"weight_decay": 0.1}),
+        ("SGD", {"fused": True}),
+        ("Adagrad", {"fused": True}),
+        ("Adam", {"fused": True}),
+    ],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_sparse_gradients_raise_as_in_torch(name: str, kwargs: dict[str, Any]) -> None:
+    (ours, params, _), (theirs, untouched, _) = (_step_outcome(cls, kwargs, _sparse) for cls in both(name))
+    assert theirs is not None
+    assert ours == theirs
+    assert torch.equal(params[0], untouched[0])
+
+
+@pytest.mark.parametrize("name", [n for n in TORCH_NAMES if accepts(n, "capturable")])
+def test_capturable_on_the_cpu_raises_as_in_torch(name: str) -> None:
+    (ours, params, _), (theirs, _, _) = (_step_outcome(c, {"capturable": True}, lambda ps: None) for c in both(name))
+    assert theirs is not None
+    assert ours == theirs
+    assert torch.equal(params[0], torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("name", [n for n in TORCH_NAMES if accepts(n, "fused")])
+@pytest.mark.parametrize("device_dtype", [("cpu", torch.complex64), ("meta", torch.float32)], ids=str)
+def test_fused_refuses_what_torchs_fused_refuses(name: str, device_dtype: tuple[str, torch.dtype]) -> None:
+    def result(cls: Any) -> Any:
+        p = torch.nn.Parameter(torch.ones(3, device=device_dtype[0], dtype=device_dtype[1]))
+        p.grad = torch.ones_like(p)
+        return outcome(lambda: cls([p], fused=True).step())
+
+    ours, theirs = map(result, both(name))
+    assert theirs is not None
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "before"), [("Adam", "amsgrad", {}), ("RMSprop", "centered", {}), ("RMSprop", "momentum", {})]
+)
+@each_backend
+def test_option_that_needs_a_state_switched_on_late_raises_as_in_torch(
+    name: str, flag: str, before: dict[str, Any], backend: str
+) -> None:
+    """torch creates states once; afterwards the missing one is a KeyError, and nothing may have moved."""
+    p = param(3)
+    optimizer = getattr(fastopt, name)([p], backend=backend)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0][flag] = True if flag != "momentum" else 0.9
+    value, step = p.detach().clone(), optimizer.state[p]["step"].clone()
+    with pytest.raises(KeyError):
+        optimizer.step()
+    assert torch.equal(p.detach(), value)
+    assert torch.equal(optimizer.state[p]["step"], step)
+
+
+def _describe(state: dict[str, Any]) -> list[Any]:
+    return [(k, v.dtype, v.device, v.shape, v.stride(), v.requires_grad, type(v)) for k, v in state.items()]
+
+
+@parametrize(TORCH_CASES, ("fp32", "bf16"))
+def test_states_have_torchs_keys_order_types_and_strides(case: Case, dtype: torch.dtype, backend: str) -> None:
+    scenario = Scenario(
+        "s",
+        (
+            Spec(()),
+            Spec((5,)),
+            Spec((4, 6), "transposed"),
+            Spec((5, 7), "every_other"),
+            Spec((2, 3, 4, 5), "channels_last"),
+        ),
+    )
+    results = []
+    for make in (lambda g: case.make(g, backend), case.make_torch):
+        built = Built(scenario, case, dtype)
+        optimizer = make(built.groups)
+        built.set_grads(0)
+        optimizer.step()
+        results.append([_describe(optimizer.state[p]) if p in optimizer.state else None for p in built.params])
+    assert results[0] == results[1]
+
+
+@each_name
+@each_backend
+def test_state_is_created_on_the_first_gradient(name: str, backend: str) -> None:
+    ours, theirs = both(name)
+    a, b = param(3), param(3)
+    optimizer, reference = ours([a, b], backend=backend), theirs([a, b])
+    assert {p: list(s) for p, s in optimizer.state.items()} == {p: list(s) for p, s in reference.state.items()}
+    optimizer.step()
+    assert set(optimizer.state) == set(reference.state)
+    a.grad = torch.ones(3)
+    optimizer.step()
+    reference.step()
+    assert {p: list(s) for p, s in optimizer.state.items()} == {p: list(s) for p, s in reference.state.items()}
+
+
+@each_backend
+def test_state_put_there_by_a_hook_is_used(backend: str) -> None:
+    """The recipe for states of one's own: a pre-step hook fills optimizer.state[p] before the first step."""
+    p, q = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+    mine = {"step": torch.tensor(3.0), "exp_avg": torch.full((5,), 0.5), "exp_avg_sq": torch.full((5,), 0.25)}
+    optimizer = fastopt.Adam([p], backend=backend)
+    oracle = oracles.TorchLoop("Adam", [q])
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: o.state[p].update(mine) if not o.state[p] else None)
+    oracle.state[q] = {k: v.clone() for k, v in mine.items()}
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(5), torch.ones(5)
+        optimizer.step()
+        oracle.step()
+    assert optimizer.state[p]["exp_avg"] is mine["exp_avg"]
+    assert mine["step"] == 5
+    assert not difference(p.detach(), q.detach())
+
+
+@each_name
+@each_backend
+def test_step_without_gradients_changes_nothing(name: str, backend: str) -> None:
+    params = [param(3), param(2, 2)]
+    optimizer = getattr(fastopt, name)(params, backend=backend)
+    before = [(p.detach().clone(), p._version) for p in params]
+    states = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    for _ in range(2):
+        assert optimizer.step() is None
+    assert [p._version for p in params] == [v for _, v in before]
+    assert all(torch.equal(p.detach(), v) for p, (v, _) in zip(params, before, strict=True))
+    assert {p: set(s) for p, s in optimizer.state.items()} == {p: set(s) for p, s in states.items()}
+    assert all(torch.equal(v, states[p][k]) for p, s in optimizer.state.items() for k, v in s.items())
+
+
+@parametrize(TORCH_CASES, ("fp32",))
+def test_versions_are_bumped_and_gradients_left_alone(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A stale tensor saved for backward must be detected, and .grad belongs to the user."""
+    p = torch.nn.Parameter(torch.ones(37))
+    optimizer = case.make([p], backend)
+    p.grad = torch.linspace(-1, 1, 37)
+    grad, values = p.grad, p.grad.clone()
+    optimizer.step()
+    for _ in range(4):
+        versions = p._version, [v._version for v in optimizer.state.get(p, {}).values()]
+        optimizer.step()
+        assert p._version > versions[0]
+        states = optimizer.state.get(p, {}).values()
+        assert all(v._version > old for v, old in zip(states, versions[1], strict=True))
+    assert p.grad is grad
+    assert grad._version == 0
+    assert torch.equal(grad, values)
+
+
+@each_backend
+def test_backward_through_a_parameter_changed_by_a_step_raises(backend: str) -> None:
+    w = torch.nn.Parameter(torch.ones(4))
+    optimizer = fastopt.Adam([w], backend=backend)
+    w.grad = torch.ones(4)
+    loss = (w * w).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@each_name
+@each_backend
+def test_nothing_is_kept_alive(name: str, backend: str) -> None:
+    """Neither gradients after zero_grad nor parameters after the optimizer is gone."""
+    p = param(64)
+    optimizer = getattr(fastopt, name)([p], backend=backend)
+    for _ in range(3):
+        p.grad = torch.ones(64)
+        optimizer.step()
+    grad, parameter = weakref.ref(p.grad), weakref.ref(p)
+    p.grad = None
+    assert grad() is None
+    del optimizer, p
+    gc.collect()
+    assert parameter() is None
+
+
+@each_name
+@each_backend
+def test_step_hooks_fire_once_in_order(name: str, backend: str) -> None:
+    """Also after the parent class was used: its step is wrapped by then, and a careless subclass would fire twice."""
+    ours, theirs = both(name)
+    p = param(3)
+    p.grad = torch.ones(3)
+    theirs([p]).step()
+    optimizer, calls = ours([p], backend=backend), []
+    handles = [
+        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")),
+        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("post")),
+    ]
+    try:
+        optimizer.step()
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == ["global pre", "pre", "post", "global post"] * 2
+    optimizer.step()
+    assert len(calls) == 8
+
+
+@each_name
+def test_checkpoint_hooks_fire_once_in_order(name: str) -> None:
+    optimizer, calls = getattr(fastopt, name)([param(3)]), []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
+    optimizer.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load first"), prepend=True)
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save pre", "save post", "load first", "load pre", "load post"]
+
+
+@each_backend
+def test_pre_hook_may_replace_the_arguments_and_edit_the_group(backend: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = fastopt.SGD([p], lr=1.0, backend=backend)
+
+    def hook(o: Any, args: Any, kwargs: Any) -> Any:
+        o.param_groups[0]["lr"] = 0.25
+        return (lambda: setattr(p, "grad", torch.ones(1)) or 7.0,), {}
+
+    optimizer.register_step_pre_hook(hook)
+    assert optimizer.step() == 7.0
+    assert p.item() == -0.25
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: "nonsense")
+    with pytest.raises(RuntimeError, match="must return None or a tuple"):
+        optimizer.step()
+
+
+@each_name
+@each_backend
+def test_closure_is_called_once_with_gradients_enabled(name: str, backend: str) -> None:
+    w = torch.nn.Parameter(torch.full((3,), 2.0))
+    optimizer, calls = getattr(fastopt, name)([w], backend=backend), []
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        first = optimizer.step(closure)
+    second = optimizer.step(closure=closure)
+    assert optimizer.step(closure=None) is None
+    assert calls == [True, True]
+    assert first.item() == 12.0
+    assert second.item() < 12.0
+    assert w.grad is not None
+
+
+@each_name
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(name: str, set_to_none: bool) -> None:
+    p = param(3)
+    p.grad = torch.ones(3)
+    getattr(fastopt, name)([p]).zero_grad(set_to_none=set_to_none)
+    assert p.grad is None if set_to_none else torch.equal(p.grad, torch.zeros(3))
+
+
+def test_step_has_torchs_name_in_the_profiler() -> None:
+    p = param(3)
+    p.grad = torch.ones(3)
+    optimizer = fastopt.RAdam([p])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#RAdam.step" in {event.key for event in profile.key_averages()}
+
+
+class Pair:
+    """The same scenario driven through fastopt and through the oracle, compared after every step."""
+
+    def __init__(self, case: Case, backend: str | None, specs: Any = None, dtype: torch.dtype = torch.float32) -> None:
+        scenario = Scenario("pair", tuple(specs or (Spec((33,)), Spec((4, 5)))), steps=99)
+        self.ours, self.theirs = (Built(scenario, case, dtype, contiguous=c) for c in (False, True))
+        self.optimizer = case.make(self.ours.groups, backend)
+        self.oracle = case.oracle(self.theirs.groups)
+        self.t = 0
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            for built, optimizer in ((self.ours, self.optimizer), (self.theirs, self.oracle)):
+                built.set_grads(self.t)
+                optimizer.step()
+            self.t += 1
+            states = [oracles.states_of(self.oracle, p) for p in self.theirs.order]
+            ours = snapshot(self.ours.order, states_in_order(self.optimizer, len(self.ours.order)))
+            assert_same([ours], [snapshot(self.theirs.order, states)])
+
+    def edit(self, **values: Any) -> None:
+        for group in (self.optimizer.param_groups[0], self.oracle.param_groups[0]):
+            group.update(values)
+
+
+EDITS: list[dict[str, Any]] = [
+    {"lr": 0.003},
+    {"weight_decay": 0.05},
+    {"betas": (0.7, 0.9)},
+    {"eps": 1e-3},
+    {"maximize": True},
+    {"maximize": False, "weight_decay": 0},
+    {"momentum": 0.5},
+    {"dampening": 0.2},
+    {"nesterov": True, "momentum": 0.6, "dampening": 0},
+    {"alpha": 0.5},
+    {"lr_decay": 0.3},
+    {"momentum_decay": 0.1},
+    {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    {"lr": 0},
+    {"lr": 1},
+]
+
+
+ONE_OF_EACH = by_id("sgd-momentum", "rmsprop-momentum", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam")
+
+
+@parametrize(ONE_OF_EACH, ("fp32",))
+def test_edited_hyper_parameters_take_effect_on_the_next_step(case: Case, dtype: torch.dtype, backend: str) -> None:
+    pair = Pair(case, backend)
+    pair.step(2)
+    for edit in EDITS:
+        if accepts(case.name, *edit):
+            if case.name == "AdamW" and "decoupled_weight_decay" in edit:
+                continue
+            pair.edit(**edit)
+            pair.step(2)
+
+
+@each_name
+@each_backend
+def test_lr_as_a_tensor_is_read_at_every_step(name: str, backend: str) -> None:
+    """As the float it holds, exactly; torch itself computes with the float32 tensor: a few ulps of the update apart."""
+    lr = torch.tensor(0.01)
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, 19)) for _ in range(3)]
+    ours = getattr(fastopt, name)([params[0]], lr=lr, backend=backend)
+    as_float = getattr(fastopt, name)([params[1]], lr=lr.item(), backend=backend)
+    theirs = getattr(torch.optim, name)([params[2]], lr=lr)
+    for step in range(8):
+        if step == 4:
+            lr.fill_(0.003)
+            as_float.param_groups[0]["lr"] = lr.item()
+        for p in params:
+            p.grad = torch.cos(torch.arange(19.0) + step)
+        for optimizer in (ours, as_float, theirs):
+            optimizer.step()
+    assert not difference(params[0].detach(), params[1].detach())
+    torch.testing.assert_close(params[0], params[2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_backend
+def test_betas_as_tensors(name: str, backend: str) -> None:
+    betas = (torch.tensor(0.85), torch.tensor(0.97))
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 19)) for _ in range(2))
+    optimizer = getattr(fastopt, name)([ours], lr=torch.tensor(0.01), betas=betas, backend=backend)
+    reference = getattr(torch.optim, name)([theirs], lr=torch.tensor(0.01), betas=betas)
+    for step in range(5):
+        for p, o in ((ours, optimizer), (theirs, reference)):
+            p.grad = torch.cos(torch.arange(19.0) + step)
+            o.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=12),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.05, step_size_up=3),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "CosineAnnealingWarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.02, anneal_epochs=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@parametrize(by_id("sgd-momentum", "adam", "adamax", "nadam", "radam", "rmsprop-momentum"), ("fp32",))
+def test_schedulers(case: Case, dtype: torch.dtype, backend: str, scheduler: str) -> None:
+    """torch's schedulers write lr, betas and momentum into the groups; ours must follow the oracle through it all."""
+    pair = Pair(case, backend)
+    schedules = [SCHEDULERS[scheduler](o) for o in (pair.optimizer, pair.oracle.inner)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "lr_scheduler.step() before optimizer.step()" among them
+        for _ in range(10):
+            pair.step()
+            for schedule in schedules:
+                schedule.step()
+
+
+def test_reduce_on_plateau() -> None:
+    optimizer = fastopt.Adam([param(3)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+@parametrize(by_id(*["sgd-momentum", "rmsprop-centered", "adagrad", "adam-amsgrad", "nadam", "radam"]), ("fp32",))
+def test_add_param_group_in_mid_run(case: Case, dtype: torch.dtype, backend: str) -> None:
+    pair = Pair(case, backend)
+    pair.step(3)
+    specs = (Spec((7,)), Spec((2, 3)))
+    late = [Built(Scenario("late", specs), case, torch.float32) for _ in range(2)]
+    pair.optimizer.add_param_group({"params": late[0].params, "lr": 0.02})
+    pair.oracle.inner.add_param_group({"params": late[1].params, "lr": 0.02})
+    for _ in range(7):
+        for built in late:
+            built.set_grads(pair.t)
+        pair.step()
+        for p, q in zip(late[0].params, late[1].params, strict=True):
+            assert not difference(p.detach(), q.detach())
+
+
+def test_named_parameters() -> None:
+    model = torch.nn.Linear(3, 2)
+    ours, theirs = (cls(model.named_parameters()) for cls in both("Adam"))
+    assert ours.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+    model(torch.ones(1, 3)).sum().backward()
+    ours.step()
+    assert len(ours.state) == 2
+
+
+@pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@parametrize(TORCH_CASES, ("fp32", "bf16"))
+def test_implementation_flags_do_not_change_the_numbers(
+    case: Case, dtype: torch.dtype, backend: str, flags: dict[str, Any]
+) -> None:
+    """Late first gradients, strided and misaligned parameters included: torch's own fused kernels get those wrong."""
+    if not accepts(case.name, *flags):
+        pytest.skip("no such flag in torch")
+    specs = (
+        Spec((33,)),
+        Spec((9,), absent=frozenset({0, 3})),
+        Spec((6, 5), "transposed", "contiguous"),
+        Spec((5, 7), "every_other", "contiguous"),
+        Spec((65,), "offset1"),
+    )
+    flagged = Case(case.id, case.name, {**case.kwargs, **flags})
+    harness.check(flagged, Scenario("flags", specs, steps=7), dtype, backend)
+
+
+@parametrize(by_id("adam", "radam-coupled", "sgd-momentum", "ranger", "lookahead-adam"), ("fp32",))
+def test_four_hundred_groups(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Two small tensors each, 28 different settings."""
+    scenario = Scenario(
+        "many-groups",
+        tuple(Spec((1 + i % 19,), group=i // 2, absent=frozenset({i % 5} if i % 3 else {})) for i in range(800)),
+        steps=3 if case.name != "RAdam" else 7,
+        overrides=lambda case: [{"lr": 0.001 * (1 + g % 28)} for g in range(400)],
+    )
+    harness.check(case, scenario, dtype, backend)
+
+
+@pytest.mark.parametrize(
+    "case",
+    by_id(*["sgd-momentum", "rmsprop-everything", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam"]),
+    ids=lambda c: c.id,
+)
+@pytest.mark.parametrize("backend", backends(["native"]))
+def test_steady_state_allocates_no_tensor(case: Case, backend: str) -> None:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 64, 1000, 70_000)]
+    optimizer = case.make(params, backend)
+    fresh = [[torch.randn_like(p) for p in params] for _ in range(6)]
+    for grads in fresh[:3]:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for grads in fresh[3:]:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            optimizer.step()
+    allocated = [(e.name, e.cpu_memory_usage) for e in profile.events() if e.cpu_memory_usage > 0]
+    assert not allocated

@@ -1,0 +1,267 @@
+"""The numbers contract: native == reference == the oracle, bit for bit, parameters and every state after every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from cases import CASES, DTYPES, PLAIN, Case, backends, by_id, parametrize
+from harness import Built, Scenario, Spec, assert_same, check, difference, signature_has, trace
+
+S = Spec
+SIZES = Scenario(
+    "sizes",
+    (
+        *(S((n,)) for n in (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 4097)),
+        *(S(shape) for shape in ((), (3, 0), (0, 3), (2, 3), (5, 1, 3), (1, 9), (4, 3, 2, 2))),
+    ),
+)
+
+LAYOUTS = Scenario(
+    "layouts",
+    (
+        S((33,), "offset1"),
+        S((67,), "offset3", "offset1"),
+        S((64,), "contiguous", "offset1"),
+        S((64,), "offset1", "contiguous"),
+        S((6, 11), "transposed", "transposed"),
+        S((6, 11), "transposed", "contiguous"),
+        S((6, 11), "contiguous", "transposed"),
+        S((2, 3, 4, 5), "channels_last", "channels_last"),
+        S((2, 3, 4, 5), "channels_last", "contiguous"),
+        S((2, 3, 4, 5), "contiguous", "channels_last"),
+        S((5, 7), "every_other", "every_other"),
+        S((5, 7), "every_other", "contiguous"),
+        S((5, 7), "contiguous", "every_other"),
+        S((40,), "every_other", "contiguous"),
+        S((4, 9), "gaps", "contiguous"),
+        S((4, 9), "gaps", "gaps"),
+        S((2, 3, 5), "transposed", "gaps"),
+        S((4, 9), "contiguous", "expanded"),
+        S((8, 5), "transposed", "expanded"),
+        S((1, 9), "odd_ones", "contiguous"),
+        S((9, 1), "contiguous", "odd_ones"),
+        S((1, 1), "odd_ones", "odd_ones"),
+    ),
+)
+
+_NEVER, _ONCE = frozenset(range(9)), frozenset(range(1, 9))
+INTERMITTENT = Scenario(
+    "intermittent",
+    (
+        S((33,)),
+        S((33,), absent=frozenset({0, 1})),
+        S((17,), absent=frozenset({1})),
+        S((9, 4), absent=frozenset({2, 3, 4})),
+        S((8,), absent=frozenset({0, 2, 4, 6, 8})),
+        S((8,), absent=frozenset({1, 3, 5, 7})),
+        S((64,), absent=_NEVER),
+        S((64,), absent=_ONCE),
+        S((0,), absent=frozenset({1})),
+        S((5,), absent=frozenset({0, 1, 2, 3, 4, 5, 6, 7})),
+    ),
+    steps=9,
+)
+
+SPECIAL = Scenario("special", (S((400,), kind="special"),), steps=9)
+LARGE = Scenario("large", (S((100_003,)), S((16,)), S((40_000,), "offset1")), steps=7)
+
+
+def _different_groups(case: Case) -> list[dict[str, Any]]:
+    """Six groups, each with another setting, some of them another chain (amsgrad, centered, maximize, nesterov ...)."""
+    groups: list[dict[str, Any]] = [
+        {},
+        {"lr": case.kwargs["lr"] * 0.3},
+        {"weight_decay": 0.07},
+        {"maximize": True, "lr": 0.02},
+    ]
+    options = {"betas": (0.8, 0.95), "eps": 1e-4, "momentum": 0.5, "centered": True, "amsgrad": True, "lr_decay": 0.2,
+               "momentum_decay": 0.1, "k": 2, "alpha": 0.6, "use_gc": False,
+               "decoupled_weight_decay": True}  # fmt: skip
+    options = {k: v for k, v in options.items() if signature_has(case, k)}
+    if case.name == "AdamW":
+        options.pop("decoupled_weight_decay", None)
+    return [*groups, options, {**options, "weight_decay": 0.02, "maximize": False}]
+
+
+GROUPS = Scenario(
+    "groups",
+    (
+        *(S(shape, group=g) for g in range(6) for shape in ((9,), (4, 5), (33,))[: 1 + g % 3]),
+        S((7,), group=1, absent=frozenset({0, 3})),
+    ),
+    overrides=_different_groups,
+)
+
+
+@parametrize()
+def test_sizes(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, SIZES, dtype, backend)
+
+
+@parametrize()
+def test_layouts(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, LAYOUTS, dtype, backend)
+
+
+@parametrize()
+def test_intermittent_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, INTERMITTENT, dtype, backend)
+
+
+@parametrize()
+def test_special_values(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, SPECIAL, dtype, backend)
+
+
+@parametrize([c for c in CASES if c.interpolates_fully], names=["native"])
+def test_backends_agree_on_the_signs_of_zeros(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The cases in which torch itself does not define them."""
+    traces = []
+    for name in (backend, "reference"):
+        built = Built(SPECIAL, case, dtype)
+        traces.append(trace(case.make(built.groups, name), built))
+    assert_same(*traces)
+
+
+@parametrize()
+def test_groups(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, GROUPS, dtype, backend)
+
+
+@parametrize()
+def test_large_on_one_and_two_threads(case: Case, dtype: torch.dtype, backend: str) -> None:
+    for threads in (1, 2) if backend == "native" else (1,):
+        check(case, LARGE, dtype, backend, threads)
+
+
+LOW_PRECISION = Scenario(
+    "low",
+    (
+        *(S((n,)) for n in (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 65, 1027)),
+        S(()),
+        S((33,), "offset1", "offset3"),
+        S((6, 11), "transposed", "contiguous"),
+        S((2, 3, 4, 5), "channels_last", "contiguous"),
+        S((5, 7), "every_other", "every_other"),
+        S((4, 9), "contiguous", "expanded"),
+        S((17,), absent=frozenset({0, 3})),
+        S((400,), kind="special"),
+    ),
+    steps=9,
+)
+
+
+@parametrize(dtypes=("bf16", "fp16"))
+def test_low_precision(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """fp32 arithmetic, one rounding per stored value."""
+    check(case, LOW_PRECISION, dtype, backend)
+
+
+def _mixed_dtypes(dtypes: list[str]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.linspace(-1, 1, 5 + 9 * i).to(DTYPES[d])) for i, d in enumerate(dtypes)]
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(
+    "case", by_id("sgd-momentum", "adam-amsgrad", "nadam-coupled", "ranger-decay", "lookahead-adam"), ids=lambda c: c.id
+)
+def test_one_group_of_several_dtypes_is_as_each_dtype_alone(case: Case, backend: str) -> None:
+    dtypes = ["fp32", "bf16", "fp64", "fp16", "fp32", "bf16"]
+    together, alone = _mixed_dtypes(dtypes), _mixed_dtypes(dtypes)
+    optimizers = [case.make(together, backend), *(case.make([p], backend) for p in alone)]
+    for step in range(7):
+        for p in together + alone:
+            p.grad = torch.cos(torch.arange(p.numel()) + step).to(p.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        assert not difference(p.detach(), q.detach())
+
+
+def _rms(values: torch.Tensor, truth: torch.Tensor) -> float:
+    return (values.double() - truth).pow(2).mean().sqrt().item()
+
+
+ACCURACY = Scenario("accuracy", (S((30_000,)),), steps=10)
+
+
+@parametrize([c for c in PLAIN if c.name != "Ranger"], ("fp32", "bf16"))
+def test_no_less_accurate_than_torch(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """rms distance to the float64 trajectory <= 1.01 times torch.optim's (0.01: two random samples of rounding)."""
+    ours, theirs = Built(ACCURACY, case, dtype), Built(ACCURACY, case, dtype)
+    torch_optimizer = case.make_torch(theirs.groups)
+    textbook, truth = case.textbook(), ours.params[0].detach().double()
+    optimizer = case.make(ours.groups, backend)
+    for step in range(ACCURACY.steps):
+        for built in (ours, theirs):
+            built.set_grads(step)
+        truth = textbook.update(truth, ours.params[0].grad)
+        optimizer.step()
+        torch_optimizer.step()
+    assert _rms(ours.params[0], truth) <= 1.01 * _rms(theirs.params[0], truth)
+
+
+@parametrize(by_id("adam", "radam", "nadam", "sgd-momentum", "rmsprop-centered", "adagrad"), ("fp32",))
+def test_many_steps(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Far from the start, where bias corrections are close to one."""
+    scenario = Scenario("many", (S((65,)), S((9,), absent=frozenset(range(150, 190)))), steps=200)
+    check(case, scenario, dtype, backend)
+
+
+@parametrize(by_id("adam", "nadam", "radam", "ranger", "adagrad-lr-decay"), ("fp32",))
+@pytest.mark.parametrize("start", [1000, 250_000, 16_777_215, 16_777_216])
+def test_large_step_counts(case: Case, dtype: torch.dtype, backend: str, start: int) -> None:
+    """`step` is a float32: it stops counting at 2^24, as in torch."""
+    built, reference = (Built(Scenario("late", (S((33,)),)), case, dtype, contiguous=c) for c in (False, True))
+    optimizer, oracle = case.make(built.groups, backend), case.oracle(reference.groups)
+    for step in range(4):
+        built.set_grads(step)
+        reference.set_grads(step)
+        optimizer.step()
+        oracle.step()
+        if step == 0:
+            for state in (optimizer.state[built.params[0]], oracle.state[reference.params[0]]):
+                state["step"].fill_(start)
+    assert torch.equal(built.params[0], reference.params[0])
+    assert optimizer.state[built.params[0]]["step"] == oracle.state[reference.params[0]]["step"]
+
+
+@parametrize(by_id("adagrad"))
+def test_square_roots_are_rounded_to_nearest(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """eps = 0 and a gradient too small for the sum: p = -g / sqrt(sum), with sums chosen to be hard."""
+    eps = torch.finfo(dtype).eps
+    powers = torch.exp2(2.0 * torch.arange(-8, 9, dtype=torch.float64)).to(dtype)
+    ones = torch.cat([powers * (1 - eps / 2), powers * (1 + eps), powers * 4 * (1 - eps), powers * 2])
+    total = torch.cat([ones, torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=dtype) + 1e-3])
+    p = torch.nn.Parameter(torch.zeros_like(total))
+    optimizer = case.make([p], backend, lr=1.0, eps=0.0)
+    optimizer.state[p]["sum"].copy_(total)
+    p.grad = torch.full_like(p, 1e-20)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["sum"], total)
+    assert torch.equal(p.detach(), -(torch.full_like(p, 1e-20) / oracles.rounded_sqrt(total)))
+
+
+@parametrize(CASES, ("fp32", "bf16"))
+def test_lr_zero_and_zero_gradients_leave_parameters_untouched(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Checkpoint loaders create optimizer state with exactly this step. (A zero may change its sign, as in torch.)"""
+    p = torch.nn.Parameter(torch.tensor([0.0, -0.0, 1.0, -1.5, 1e-30, -3e38, 7e-41]).to(dtype))
+    before = p.detach().clone()
+    optimizer = case.make([p], backend, lr=0.0)
+    for _ in range(7):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_backend_none_gives_the_same_numbers() -> None:
+    for case in by_id("radam", "ranger", "lookahead-adam"):
+        traces = []
+        for backend in (None, "reference"):
+            built = Built(SIZES, case, torch.float32)
+            traces.append(trace(case.make(built.groups, backend), built))
+        for (p, _), (q, _) in zip(traces[0][-1], traces[1][-1], strict=True):
+            assert not difference(p, q)
