@@ -38,7 +38,7 @@ using Chains = Concat<List<Chain<lookahead>>,  // parameters without a gradient 
                       Coupled<sgd>, Coupled<momentum, sgd>, Coupled<nesterov, sgd>,             //
                       Coupled<rmsprop>, Coupled<rmsprop_momentum>,                              //
                       Coupled<rmsprop_centered>, Coupled<rmsprop_centered_momentum>,            //
-                      Coupled<adagrad>, Coupled<adamax>,                                        //
+                      Coupled<adagrad>, Coupled<adamax>, WithLookahead<Chain<scale, moments>>,  //
                       Decoupled<adam>, Decoupled<amsgrad>, Decoupled<nadam>, Decoupled<radam>>  //
     ::type;
 

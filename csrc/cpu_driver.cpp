@@ -24,7 +24,8 @@ std::vector<std::string> names(List<Chains...>) {
 
 const InstructionSet& choose() {
 #if defined(FASTOPT_X86_KERNELS)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const char* wish = std::getenv("FASTOPT_ISA");
@@ -240,6 +241,7 @@ void CpuDriver::run(const std::vector<Item>& items) {
     size_t i = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
     for (; i < items.size() && begins_[i] < end; ++i) {
       const Item& item = items[i];
+      if (item.n == 0) continue;
       const int64_t first = snap(item, std::max<int64_t>(0, begin - begins_[i]));
       const int64_t last = snap(item, std::min(item.n, end - begins_[i]));
       if (first >= last) continue;

@@ -10,7 +10,8 @@
 namespace fastopt {
 namespace {
 
-constexpr size_t most_rows = 4096;          // rows and settings kept before the memo starts afresh
+constexpr size_t most_rows = 4096;    // rows and settings kept before the memo starts afresh
+constexpr size_t far = 12, near = 6;  // how many entries ahead cache lines are asked for: addresses, then contents
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 PyObject* interned(const char* text) {
@@ -98,32 +99,54 @@ void bump(c10::TensorImpl* impl) {
 
 }  // namespace
 
+const c10::TensorImpl* grad_of(const c10::TensorImpl* impl) {
+  const c10::AutogradMetaInterface* meta = impl->autograd_meta();
+  if (!meta) return nullptr;
+  const at::Tensor& grad = meta->grad();
+  return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
+}
+
+Plan::Memory Plan::memory_of(PyObject* tensor) {
+  c10::TensorImpl* impl = impl_of(tensor);
+  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  return {impl, storage, storage->data(), impl->storage_offset(), data_of(impl), impl->dtype(), impl->is_contiguous()};
+}
+
+// Whether a tensor object still leads to the same memory in the same layout, as far as that shows without strides. The
+// old pointers are compared, never followed.
+bool Plan::unchanged(PyObject* tensor, const Memory& memory) {
+  const c10::TensorImpl* impl = impl_of(tensor);
+  return impl == memory.impl && impl->unsafe_storage().unsafeGetStorageImpl() == memory.storage &&
+         memory.storage->data() == memory.base && impl->storage_offset() == memory.offset &&
+         impl->dtype() == memory.type && impl->is_contiguous() == memory.contiguous;
+}
+
 double Plan::read(const Counter& counter) {
   switch (counter.kind) {
     case CounterKind::f32:
-      return *static_cast<const float*>(counter.data);
+      return *static_cast<const float*>(counter.memory.data);
     case CounterKind::f64:
-      return *static_cast<const double*>(counter.data);
+      return *static_cast<const double*>(counter.memory.data);
     case CounterKind::i32:
-      return *static_cast<const int32_t*>(counter.data);
+      return *static_cast<const int32_t*>(counter.memory.data);
     default:
-      return static_cast<double>(*static_cast<const int64_t*>(counter.data));
+      return static_cast<double>(*static_cast<const int64_t*>(counter.memory.data));
   }
 }
 
 void Plan::write(const Counter& counter, double value) {
   switch (counter.kind) {
     case CounterKind::f32:
-      *static_cast<float*>(counter.data) = static_cast<float>(value);
+      *static_cast<float*>(counter.memory.data) = static_cast<float>(value);
       break;
     case CounterKind::f64:
-      *static_cast<double*>(counter.data) = value;
+      *static_cast<double*>(counter.memory.data) = value;
       break;
     case CounterKind::i32:
-      *static_cast<int32_t*>(counter.data) = static_cast<int32_t>(value);
+      *static_cast<int32_t*>(counter.memory.data) = static_cast<int32_t>(value);
       break;
     default:
-      *static_cast<int64_t*>(counter.data) = static_cast<int64_t>(value);
+      *static_cast<int64_t*>(counter.memory.data) = static_cast<int64_t>(value);
   }
 }
 
@@ -160,6 +183,7 @@ void Plan::clear() {
   built_ = false;
   items_.clear();
   active_.clear();
+  states_.clear();
   memo_.clear();
   // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
   const auto entries = std::exchange(entries_, {});
@@ -230,14 +254,18 @@ bool Plan::check_group(Group& group, PyObject* dict) {
 
 // Walks optimizer.state and every state the plan knows, in order, comparing identities.
 bool Plan::check_state(PyObject* state) const {
-  size_t i = 0;
+  size_t i = 0, seen = 0;
   PyObject *param, *value;
   Py_ssize_t at = 0;
   while (PyDict_Next(state, &at, &param, &value)) {
+    if (seen + far < states_.size()) __builtin_prefetch(states_[seen + far]);
+    if (seen + near < states_.size())
+      __builtin_prefetch(reinterpret_cast<PyDictObject*>(states_[seen + near])->ma_keys);
     if (i + 3 > walk_.size() || walk_[i].get() != param || walk_[i + 1].get() != value) return false;
     const bool deep = static_cast<bool>(walk_[i + 2]);
     i += 3;
     if (!deep) continue;
+    ++seen;
     PyObject *key, *tensor;
     Py_ssize_t inner = 0;
     while (PyDict_Next(value, &inner, &key, &tensor)) {
@@ -252,34 +280,28 @@ bool Plan::check_state(PyObject* state) const {
 
 // Whether the memory behind p, its states and its counters is still the memory the plan recorded.
 bool Plan::check_tensors(const Entry& entry) const {
-  const c10::TensorImpl* p = impl_of(entry.param.get());
-  Dtype dtype;
-  if (p != entry.impl || data_of(p) != entry.data || p->numel() != entry.n || !dtype_of(p, &dtype) ||
-      dtype != entry.dtype || p->is_contiguous() != entry.contiguous)
-    return false;
+  if (!unchanged(entry.param.get(), entry.memory) || entry.memory.impl->numel() != entry.n) return false;
   for (int k = 0; k < entry.slot_count; ++k) {
     const Slot& slot = entry.slots[k];
-    const c10::TensorImpl* s = impl_of(slot.object);
-    if (s != slot.impl || data_of(s) != slot.data || s->numel() != entry.n || !dtype_of(s, &dtype) ||
-        dtype != slot.dtype || (!entry.layout && s->is_contiguous() != entry.contiguous))
-      return false;
+    if (!unchanged(slot.object, slot.memory) || slot.memory.impl->numel() != entry.n) return false;
   }
-  for (int k = 0; k < entry.counter_count; ++k) {
-    const Counter& counter = entry.counters[k];
-    const c10::TensorImpl* c = impl_of(counter.object);
-    if (c != counter.impl || data_of(c) != counter.data) return false;
-  }
-  if (entry.contiguous && !entry.layout) return true;
-  // Strides may change where neither address nor size does: compare them too.
+  for (int k = 0; k < entry.counter_count; ++k)
+    if (!unchanged(entry.counters[k].object, entry.counters[k].memory)) return false;
+  return (entry.memory.contiguous && !entry.layout) || check_strides(entry);
+}
+
+// Strides may change where neither address nor size does.
+bool Plan::check_strides(const Entry& entry) const {
+  const c10::TensorImpl* p = entry.memory.impl;
   if (!entry.layout) {
     for (int k = 0; k < entry.slot_count; ++k)
-      if (!same_strides(p, entry.slots[k].impl)) return false;
+      if (!same_strides(p, entry.slots[k].memory.impl)) return false;
     return p->is_non_overlapping_and_dense();
   }
   if (p->sizes() != c10::IntArrayRef(entry.layout->sizes)) return false;
   if (p->strides() != c10::IntArrayRef(entry.layout->strides[0])) return false;
   for (int k = 0; k < entry.slot_count; ++k)
-    if (entry.slots[k].impl->strides() != c10::IntArrayRef(entry.layout->strides[2 + k])) return false;
+    if (entry.slots[k].memory.impl->strides() != c10::IntArrayRef(entry.layout->strides[2 + k])) return false;
   return true;
 }
 
@@ -290,20 +312,21 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
     Slot& slot = entry.slots[entry.slot_count++];
-    slot = {object, impl_of(object), nullptr, Dtype::f32};
-    if (!is_plain(slot.impl) || !dtype_of(slot.impl, &slot.dtype) || slot.impl->sizes() != entry.impl->sizes())
+    const c10::TensorImpl* impl = impl_of(object);
+    if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != entry.memory.impl->sizes())
       throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
-    slot.data = data_of(slot.impl);
+    slot.object = object;
+    slot.memory = memory_of(object);
   }
   for (const Ref& key : counter_keys_) {
     PyObject* object = PyDict_GetItemWithError(state, key.get());
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a counter is not a tensor");
     Counter& counter = entry.counters[entry.counter_count++];
-    counter = {object, impl_of(object), nullptr, CounterKind::f32};
-    if (!is_plain(counter.impl) || counter.impl->numel() != 1)
+    const c10::TensorImpl* impl = impl_of(object);
+    if (!is_plain(impl) || impl->numel() != 1)
       throw std::invalid_argument("fastopt: a counter is not a single number on the CPU");
-    switch (counter.impl->dtype().toScalarType()) {
+    switch (impl->dtype().toScalarType()) {
       case c10::ScalarType::Float:
         counter.kind = CounterKind::f32;
         break;
@@ -319,20 +342,21 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
       default:
         throw std::invalid_argument("fastopt: a counter has an unsupported dtype");
     }
-    counter.data = data_of(counter.impl);
+    counter.object = object;
+    counter.memory = memory_of(object);
   }
   return true;
 }
 
 // Decides between one flat run of memory and an element walk over strides.
 void Plan::lay_out(Entry& entry) {
-  bool flat = entry.impl->is_non_overlapping_and_dense();
+  bool flat = entry.memory.impl->is_non_overlapping_and_dense();
   entry.one_dtype = entry.dtype == Dtype::f32 || entry.dtype == Dtype::f64;
   for (int k = 0; k < entry.slot_count; ++k) {
-    flat = flat && same_strides(entry.impl, entry.slots[k].impl);
+    flat = flat && same_strides(entry.memory.impl, entry.slots[k].memory.impl);
     entry.one_dtype = entry.one_dtype && entry.slots[k].dtype == entry.dtype;
   }
-  const auto sizes = entry.impl->sizes(), strides = entry.impl->strides();
+  const auto sizes = entry.memory.impl->sizes(), strides = entry.memory.impl->strides();
   if (entry.rows > 0 && entry.rows != sizes[0]) throw std::invalid_argument("fastopt: rows is not the first dimension");
   entry.rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
   if (flat && entry.rows_contiguous) return;
@@ -340,16 +364,16 @@ void Plan::lay_out(Entry& entry) {
   entry.layout = std::make_unique<Layout>();
   entry.layout->sizes = sizes.vec();
   entry.layout->strides[0] = strides.vec();
-  for (int k = 0; k < entry.slot_count; ++k) entry.layout->strides[2 + k] = entry.slots[k].impl->strides().vec();
+  for (int k = 0; k < entry.slot_count; ++k) entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
 }
 
 void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
-  entry.impl = impl_of(entry.param.get());
-  if (!is_plain(entry.impl) || !dtype_of(entry.impl, &entry.dtype))
+  const c10::TensorImpl* impl = impl_of(entry.param.get());
+  if (!is_plain(impl) || !dtype_of(impl, &entry.dtype))
     throw std::invalid_argument("fastopt: a parameter that the CPU kernels cannot take was planned for them");
-  entry.n = entry.impl->numel();
-  entry.data = data_of(entry.impl);
-  entry.contiguous = entry.impl->is_contiguous();
+  entry.n = impl->numel();
+  entry.memory = memory_of(entry.param.get());
+  entry.meta = impl->autograd_meta();
   PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
   if (!own && PyErr_Occurred()) throw PythonError{};
   if (slot_keys.empty() && counter_keys_.empty())
@@ -403,6 +427,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
     walk_.emplace_back(value);
     walk_.emplace_back(walk ? Py_True : nullptr);
     if (!walk) continue;
+    states_.push_back(value);
     Py_ssize_t inner = 0;
     while (PyDict_Next(value, &inner, &key, &tensor)) {
       walk_.emplace_back(key);
@@ -468,8 +493,8 @@ bool Plan::add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, boo
   Dtype g_dtype = entry.dtype;
   bool flat = !entry.layout, same_dtype = entry.one_dtype;
   if (grad) {
-    if (!is_plain(grad) || !dtype_of(grad, &g_dtype) || grad->sizes() != entry.impl->sizes()) return false;
-    if (!(entry.contiguous && grad->is_contiguous())) flat = flat && same_strides(entry.impl, grad);
+    if (!is_plain(grad) || !dtype_of(grad, &g_dtype) || grad->sizes() != entry.memory.impl->sizes()) return false;
+    if (!(entry.memory.contiguous && grad->is_contiguous())) flat = flat && same_strides(entry.memory.impl, grad);
     same_dtype = same_dtype && g_dtype == entry.dtype;
   }
   RowKey key{group.setting.get(), 0, 0, true, sync};
@@ -483,8 +508,8 @@ bool Plan::add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, boo
   }
   const Row* row = row_for(group, key);
   Item& item = items_.emplace_back();
-  item.p = entry.data;
-  item.g = grad ? grad->data() : entry.data;
+  item.p = entry.memory.data;
+  item.g = grad ? grad->data() : entry.memory.data;
   item.wide = entry.dtype == Dtype::f64;
   item.row = item.wide ? static_cast<const void*>(row->f64) : row->f32;
   item.n = entry.n;
@@ -494,7 +519,7 @@ bool Plan::add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, boo
   item.p_dtype = entry.dtype;
   item.g_dtype = g_dtype;
   for (int k = 0; k < row->slots; ++k) {
-    item.s[k] = entry.slots[row->first_slot + k].data;
+    item.s[k] = entry.slots[row->first_slot + k].memory.data;
     item.s_dtype[k] = entry.slots[row->first_slot + k].dtype;
   }
   item.layout = nullptr;
@@ -502,11 +527,12 @@ bool Plan::add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, boo
     // A dense parameter whose gradient is laid out otherwise needs a layout of its own from now on.
     if (!entry.layout) {
       entry.layout = std::make_unique<Layout>();
-      entry.layout->sizes = entry.impl->sizes().vec();
-      entry.layout->strides[0] = entry.impl->strides().vec();
-      for (int k = 0; k < entry.slot_count; ++k) entry.layout->strides[2 + k] = entry.slots[k].impl->strides().vec();
+      entry.layout->sizes = entry.memory.impl->sizes().vec();
+      entry.layout->strides[0] = entry.memory.impl->strides().vec();
+      for (int k = 0; k < entry.slot_count; ++k)
+        entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
     }
-    const c10::IntArrayRef strides = grad ? grad->strides() : entry.impl->strides();
+    const c10::IntArrayRef strides = grad ? grad->strides() : entry.memory.impl->strides();
     entry.layout->strides[1].assign(strides.begin(), strides.end());
     item.layout = entry.layout.get();
   }
@@ -529,22 +555,58 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
   if (!check_state(state)) return Verdict::rebuild;
 
   for (size_t i = 0; i < groups_.size(); ++i) {
-    Group& group = groups_[i];
     const bool synchronise = sync != Py_None && PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(i)) == Py_True;
-    for (size_t k = group.first; k < group.first + group.count; ++k) {
-      Entry& entry = entries_[k];
-      if (!entry.native) continue;
-      if (!check_tensors(entry)) return Verdict::rebuild;
-      const c10::AutogradMetaInterface* meta = entry.impl->autograd_meta();
-      const at::Tensor* grad = meta ? &meta->grad() : nullptr;
-      const bool present = grad && grad->defined();
-      if (!present && !(synchronise && entry.has_state)) continue;
-      if (!entry.has_state) return Verdict::rebuild;
-      if (!add_item(entry, group, present ? grad->unsafeGetTensorImpl() : nullptr, synchronise))
-        return Verdict::rebuild;
-    }
+    if (!gather_group(groups_[i], synchronise)) return Verdict::rebuild;
   }
   return Verdict::ready;
+}
+
+// A tensor is spread over half a dozen cache lines that nothing else keeps warm. Their addresses are known from the
+// last step, except a gradient's, so each is asked for some entries ahead of its use.
+bool Plan::gather_group(Group& group, bool synchronise) {
+  const size_t end = group.first + group.count;
+  grads_.resize(group.count);
+  for (size_t k = group.first; k < std::min(group.first + far, end); ++k) prefetch(entries_[k]);
+  for (size_t i = 0; i < std::min(near, group.count); ++i) grads_[i] = find_grad(entries_[group.first + i]);
+  for (size_t k = group.first; k < end; ++k) {
+    if (k + far < end) prefetch(entries_[k + far]);
+    if (k + near < end) grads_[k + near - group.first] = find_grad(entries_[k + near]);
+    Entry& entry = entries_[k];
+    if (!entry.native) continue;
+    if (!check_tensors(entry)) return false;
+    const c10::TensorImpl* grad = grads_[k - group.first];
+    if (!grad && !(synchronise && entry.has_state)) continue;
+    if (!entry.has_state || !add_item(entry, group, grad, synchronise)) return false;
+  }
+  return true;
+}
+
+void Plan::prefetch(const Entry& entry) {
+  if (!entry.native) return;
+  const auto touch = [](PyObject* object, const Memory& memory) {
+    __builtin_prefetch(reinterpret_cast<const char*>(object) + 16);
+    __builtin_prefetch(memory.impl);
+    __builtin_prefetch(reinterpret_cast<const char*>(memory.impl) + sizeof(c10::TensorImpl) - 1);
+    __builtin_prefetch(memory.storage);
+  };
+  touch(entry.param.get(), entry.memory);
+  __builtin_prefetch(entry.meta);
+  for (int k = 0; k < entry.slot_count; ++k) touch(entry.slots[k].object, entry.slots[k].memory);
+  for (int k = 0; k < entry.counter_count; ++k) {
+    touch(entry.counters[k].object, entry.counters[k].memory);
+    __builtin_prefetch(entry.counters[k].memory.data, 1);
+  }
+}
+
+const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {
+  if (!entry.native) return nullptr;
+  const c10::TensorImpl* grad = grad_of(impl_of(entry.param.get()));
+  if (grad) {
+    __builtin_prefetch(grad);
+    __builtin_prefetch(reinterpret_cast<const char*>(grad) + 64);
+    __builtin_prefetch(reinterpret_cast<const char*>(grad) + sizeof(c10::TensorImpl) - 1);
+  }
+  return grad;
 }
 
 void Plan::launch() {
@@ -555,8 +617,8 @@ void Plan::launch() {
       if (entry.counter_count > 1) write(entry.counters[1], active.row->carry);
       entry.fresh = false;
     }
-    bump(entry.impl);
-    for (int k = 0; k < active.row->slots; ++k) bump(entry.slots[active.row->first_slot + k].impl);
+    bump(entry.memory.impl);
+    for (int k = 0; k < active.row->slots; ++k) bump(entry.slots[active.row->first_slot + k].memory.impl);
   }
   if (total_ < release_above) {
     driver_.run(items_);
@@ -564,7 +626,7 @@ void Plan::launch() {
   }
   // Another thread may drop a gradient while the kernels read it, so hold them all.
   for (const Active& active : active_)
-    if (active.stepped) kept_.push_back(active.entry->impl->autograd_meta()->grad().getIntrusivePtr());
+    if (active.stepped) kept_.push_back(active.entry->memory.impl->autograd_meta()->grad().getIntrusivePtr());
   running_ = true;
   PyThreadState* thread = PyEval_SaveThread();
   driver_.run(items_);

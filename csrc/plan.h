@@ -70,23 +70,31 @@ class Plan {
   void clear();
 
  private:
+  // What a tensor object led to when the plan was built.
+  struct Memory {
+    c10::TensorImpl* impl;
+    const c10::StorageImpl* storage;
+    const void* base;  // of the storage
+    int64_t offset;    // in elements
+    void* data;
+    caffe2::TypeMeta type;
+    bool contiguous;
+  };
   struct Slot {
     PyObject* object;  // kept alive by walk_
-    c10::TensorImpl* impl;
-    void* data;
+    Memory memory;
     Dtype dtype;
   };
   enum class CounterKind : int8_t { f32, f64, i32, i64 };
   struct Counter {
     PyObject* object;
-    c10::TensorImpl* impl;
-    void* data;
+    Memory memory;
     CounterKind kind;
   };
   struct Entry {
     Ref param;
-    c10::TensorImpl* impl;
-    void* data;
+    Memory memory;
+    const void* meta;
     int64_t n;
     int64_t rows;
     std::unique_ptr<Layout> layout;  // set when p and its states do not share one dense layout
@@ -97,8 +105,7 @@ class Plan {
     int8_t counter_count;
     bool native;
     bool has_state;
-    bool fresh;  // no step was taken with the state it has
-    bool contiguous;
+    bool fresh;            // no step was taken with the state it has
     bool one_dtype;        // p and states have the compute type
     bool rows_contiguous;  // slices along dim 0 are contiguous runs
   };
@@ -154,9 +161,15 @@ class Plan {
   void record_group(Group& group, PyObject* dict);
   bool check_state(PyObject* state) const;
   bool check_tensors(const Entry& entry) const;
+  bool check_strides(const Entry& entry) const;
   void build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   void lay_out(Entry& entry);
+  bool gather_group(Group& group, bool synchronise);
+  static void prefetch(const Entry& entry);
+  const c10::TensorImpl* find_grad(const Entry& entry) const;
+  static Memory memory_of(PyObject* tensor);
+  static bool unchanged(PyObject* tensor, const Memory& memory);
   bool add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, bool sync);
   const Row* row_for(Group& group, const RowKey& key);
   const Row* compute_row(const RowKey& key);
@@ -167,9 +180,11 @@ class Plan {
   Ref settings_;  // dict: tuple of hyper-parameter values -> setting
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<Ref> walk_;  // what a walk through optimizer.state must yield, flattened
+  std::vector<Ref> walk_;          // what a walk through optimizer.state must yield, flattened
+  std::vector<PyObject*> states_;  // the dicts among them that are walked
   std::unordered_map<RowKey, const Row*, RowHash> memo_;
   std::deque<Row> rows_;
+  std::vector<const c10::TensorImpl*> grads_;  // of one group, found ahead of their use
   std::vector<Active> active_;
   std::vector<Item> items_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;  // gradients, while the interpreter lock is released

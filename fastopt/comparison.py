@@ -157,7 +157,8 @@ class Comparison:
     def _row(self, it: Standing) -> tuple[str, ...]:
         tried = f"{len(it.lrs)}: {min(it.lrs):g}..{max(it.lrs):g}" if len(it.lrs) > 1 else "1"
         widen = " (widen the grid)" if it.edge else ""
-        numbers = (f"{value:.4g}" if math.isfinite(value) else "-" for value in (it.mean, it.std, it.behind, it.noise))
+        against = (math.nan, math.nan) if it is self.best else (it.behind, it.noise)
+        numbers = (f"{value:.4g}" if math.isfinite(value) else "-" for value in (it.mean, it.std, *against))
         return it.optimizer, self.verdict(it), f"{it.lr:g}", *numbers, tried + widen
 
     def summary(self) -> str:
@@ -180,11 +181,10 @@ class Comparison:
         if ties := [it.optimizer for it in rivals if self.verdict(it) == "within noise"]:
             lines.append(f"Not shown to be worse, within the noise of it: {', '.join(ties)}.")
         if worse := [it for it in rivals if self.verdict(it) == "worse"]:
-            nearest = f"{worse[0].optimizer}, by {worse[0].behind:.3g} where chance explains {worse[0].noise:.3g}"
             names = ", ".join(it.optimizer for it in worse)
-            lines.append(
-                f"Worse, beyond the noise ({self.confidence:.0%} confidence): {names}; the nearest is {nearest}."
-            )
+            nearest = f"; the nearest, {worse[0].optimizer}," if len(worse) > 1 else ""
+            by = f"by {worse[0].behind:.3g} where chance explains {worse[0].noise:.3g}"
+            lines.append(f"Worse, beyond the noise ({self.confidence:.0%} confidence): {names}{nearest} {by}.")
         return lines
 
     def _doubts(self) -> list[str]:

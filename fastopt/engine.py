@@ -32,7 +32,7 @@ class Route:
 
     backend: str
     reason: str = ""
-    passing: bool = False  # the reason lies in this step's gradient and may be gone with the next
+    passing: bool = False  # the reason may be gone at the next step
 
 
 class Engine:
@@ -128,7 +128,7 @@ class Engine:
         if not reason and shares:
             reason = "its memory overlaps another parameter's, or it was given twice"
         if reason:
-            return Route(rest, reason)
+            return Route(rest, reason, passing=reason == routing.RELEASED)
         if p.grad is not None and (reason := routing.why_not_grad(p.grad)):
             return Route(rest, reason, passing=True)
         chosen = backends.choose(p.device.type, self.asked)
@@ -137,11 +137,11 @@ class Engine:
         return Route(chosen)
 
     def _outdated(self) -> bool:
-        """Whether a parameter that torch's code took because of its gradient may have one that the kernels take."""
+        """Whether the reason why torch's code took a parameter is gone."""
         for group, params in self._torch:
             setting = self.settings.of(group)
             for p in params:
-                if self._routes[id(p)].passing and p.grad is not None and not self._route(setting, p, False).reason:
+                if self._routes[id(p)].passing and not self._route(setting, p, False).reason:
                     return True
         return False
 
@@ -221,7 +221,7 @@ def _only(groups: list[dict[str, Any]], kept: list[tuple[dict[str, Any], list[Te
     try:
         for group in groups:
             group["params"] = params = next((params for candidate, params in kept if candidate is group), [])
-            if group.get("fused") and all(p.dtype in routing.DTYPES and _strided_grad(p) for p in params):
+            if group.get("fused") and all(_fused_takes(p) for p in params):
                 group["fused"] = False
         yield
     finally:
@@ -231,8 +231,10 @@ def _only(groups: list[dict[str, Any]], kept: list[tuple[dict[str, Any], list[Te
                 group["fused"] = fused
 
 
-def _strided_grad(p: Tensor) -> bool:
-    return p.grad is None or p.grad.layout == torch.strided
+def _fused_takes(p: Tensor) -> bool:
+    """Whether torch's fused kernels would accept p."""
+    strided = p.grad is None or p.grad.layout == torch.strided
+    return p.dtype in routing.DTYPES and p.device.type != "meta" and strided
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def half_width(
     known.
 
     >>> round(half_width([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]), 4)
-    2.2669
+    2.267
     """
     if min(len(first), len(second)) < 2:
         return math.nan

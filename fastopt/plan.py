@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastopt import routing
 from fastopt.backends import reference
 from fastopt.rule import Row, Setting
 
@@ -73,6 +74,7 @@ class PythonPlan:
     def __init__(self, setting_of: SettingOf) -> None:
         self._setting_of = setting_of
         self._takes: dict[int, int] = {}
+        self._reasons: dict[int, tuple[str, str]] = {}
         self._fresh: set[int] = set()
         self._params: list[Tensor] = []
         self._layouts: list[object] = []
@@ -99,6 +101,7 @@ class PythonPlan:
         for p, taken, n, new in flat:
             if taken:
                 self._takes[id(p)] = n
+                self._reasons[id(p)] = _reasons(p)
             if new:
                 self._fresh.add(id(p))
 
@@ -118,8 +121,11 @@ class PythonPlan:
                 if id(p) not in self._takes:
                     continue
                 asked = sync is not None and sync[i]
+                if _reasons(p) != self._reasons[id(p)]:
+                    return False
                 own = state.get(p, {})
-                if p.grad is None and not (asked and own):
+                slow = setting.rule.slow
+                if p.grad is None and not (asked and slow and slow.key in own):
                     continue
                 if missing_state(setting, p, own):
                     return False
@@ -149,6 +155,9 @@ class PythonPlan:
             self._fresh.discard(id(work.p))
             grad = work.p if work.grad is None else work.grad
             reference.launch(work.row.chain, work.p, grad, work.tensors, work.row.coefficients, work.rows)
+        self._work = []
 
-    def items(self) -> int:
-        return len(self._work)
+
+def _reasons(p: Tensor) -> tuple[str, str]:
+    """What speaks against p and its gradient; a plan holds as long as that stays the same."""
+    return routing.why_not_tensor(p), "" if p.grad is None else routing.why_not_grad(p.grad)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastopt.rule import Setting
 
+RELEASED = "its storage was released"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -38,7 +39,7 @@ def why_not_tensor(p: Tensor) -> str:
     if p.is_neg():
         return "negated view"
     if p.numel() and _storage_end(p) > p.untyped_storage().nbytes():
-        return "storage was released"
+        return RELEASED
     if _overlaps_itself(p):
         return "elements share memory"
     return ""

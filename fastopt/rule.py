@@ -11,7 +11,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -57,8 +57,8 @@ class Rule(ABC):
     """Where the slow weights live, for rules that have them."""
 
     @abstractmethod
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
-        """The stages of the rule itself, without scaling, decay and slow weights."""
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+        """The stages of the rule itself at step t, without scaling, decay and slow weights; their state is the same."""
 
     @abstractmethod
     def slots(self, h: Hyper) -> dict[str, Slot]:
@@ -114,14 +114,15 @@ class Setting:
         self.named_slots = rule.slots(h)
         if rule.slow is not None:
             self.named_slots["slow"] = rule.slow
-        self.chain = Chain((stages.scale, *rule.decay(h, 1.0)[0], *rule.update(h)))
+        self.chain = self._chain(1.0, False)
         order = (*self.chain.state, *(("slow",) if rule.slow else ()))
         self.slots: tuple[str, ...] = tuple(self.named_slots[name].key for name in order)
         self.layout = _shared(("layout", self.slots, *rule.structure(h)))
 
-    @cached_property
-    def synchronised(self) -> Chain:
-        return Chain((*self.chain.stages, stages.lookahead))
+    def _chain(self, t: float, synchronised: bool) -> Chain:
+        """One object for each sequence of stages, so that chains can be told apart by identity."""
+        tail = (stages.lookahead,) if synchronised else ()
+        return _chain((stages.scale, *self.rule.decay(self.h, t)[0], *self.rule.update(self.h, t), *tail))
 
     def at(self, t: float, carry: float, single: bool, sync: bool) -> Row:
         """The row at step t; t = 0 stands for a parameter without a gradient whose slow weights synchronise."""
@@ -131,8 +132,8 @@ class Setting:
         carry = rule.carried(h, t, carry, single)
         values = (-1.0 if h.maximize else 1.0, *rule.decay(h, t)[1], *rule.coefficients(h, t, carry))
         if rule.slow is not None and rule.synchronises(h, t, sync):
-            return Row(self.synchronised, (*values, rule.alpha(h)), carry)
-        return Row(self.chain, values, carry)
+            return Row(self._chain(t, True), (*values, *stages.lookahead.row(alpha=rule.alpha(h))), carry)
+        return Row(self._chain(t, False), values, carry)
 
     def row(self, t: float, carry: float, single: bool, sync: bool) -> tuple[int, int, int, tuple[float, ...], float]:
         """`at` for the compiled plan: chain index, first slot, number of slots, coefficients, second counter."""
@@ -142,7 +143,12 @@ class Setting:
         return self._index(row.chain), first, used, row.coefficients, row.carry
 
 
-PULL = Chain((stages.lookahead,))
+@cache
+def _chain(sequence: tuple[Stage, ...]) -> Chain:
+    return Chain(sequence)
+
+
+PULL = _chain((stages.lookahead,))
 """What happens to a parameter without a gradient when the slow weights synchronise."""
 
 

@@ -14,8 +14,8 @@ from fastopt.chain import stage, tl
 
 
 def lerp2(a, b, w):
-    """``a + w * (b - a)`` as torch.lerp computes it: from the nearer end, so that w = 1 gives b exactly."""
-    return tl.where(w < 0.5, tl.fma(w, b - a, a), tl.fma(a - b, 1 - w, b))
+    """``a + w * (b - a)`` as torch.lerp computes it, signs of zeros included: from the nearer end, so w = 1 gives b."""
+    return tl.where(w < 0.5, tl.fma(w, b - a, a), tl.fma(b - a, w - 1, b))
 
 
 @stage()
@@ -100,6 +100,14 @@ def adagrad(p, g, s, eps, clr):
     s = tl.fma(g, g, s)
     p = p - tl.div_rn(clr * g, tl.sqrt_rn(s) + eps)
     return p, g, s
+
+
+@stage("m v")
+def moments(p, g, m, v, w1, beta2, w2):
+    """The moments alone: what a rule does that waits before it moves the parameter."""
+    m = lerp2(m, g, w1)
+    v = tl.fma(w2 * g, g, v * beta2)
+    return p, g, m, v
 
 
 @stage("m v")

@@ -34,7 +34,7 @@ class Case:
 
     @property
     def interpolates_fully(self) -> bool:
-        """Whether torch's lerp gets the weight 1, where its vector body and its scalar tail disagree on signs of zeros."""
+        """Whether torch's lerp gets the weight 1, where its vector body and its tail disagree on signs of zeros."""
         alpha = self.lookahead[1] if self.lookahead else self.kwargs.get("alpha") if self.name == "Ranger" else None
         return alpha == 1 or self.kwargs.get("betas", (0.9,))[0] == 0
 

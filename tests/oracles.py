@@ -53,7 +53,7 @@ class TorchLoop:
     def __init__(self, name: str, groups: Any, **kwargs: Any) -> None:
         cls = getattr(torch.optim, name)
         flags = {f: False for f in ("foreach", "fused") if f in inspect.signature(cls).parameters}
-        self.inner = cls(groups, **{**flags, **kwargs})
+        self.inner = cls(groups, **{**kwargs, **flags})
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
 

@@ -1,7 +1,9 @@
 """`fastopt.compare`: finds what is there to find, says when it is chance, and survives what users bring."""
 
 import csv
+import doctest
 import math
+import sys
 from array import array
 from collections.abc import Iterator
 
@@ -178,6 +180,10 @@ class TestNoise:
         width = noise.half_width([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
         assert width == pytest.approx(2.77645 * math.sqrt(2.5 * 2 / 3), rel=1e-5)
 
+    @pytest.mark.parametrize("module", ["fastopt.compare", "fastopt.noise"])
+    def test_docstring_examples_run(self, module):
+        assert doctest.testmod(sys.modules[module]).failed == 0
+
     def test_several_rivals_need_a_larger_difference(self):
         samples = [1.0, 2.0, 3.0], [2.0, 3.0, 5.0]
         widths = [noise.half_width(*samples, comparisons=count) for count in (1, 2, 11)]
@@ -257,6 +263,7 @@ class TestOutput:
         lines = result.table().splitlines()
         assert len(lines) == 4
         assert lines[2].startswith(result.best.optimizer)
+        assert lines[2].split()[5:7] == ["-", "-"], "the winner is not behind itself"
 
     def test_progress_falls_back_to_plain_lines_in_a_log(self, capsys):
         with report.Progress(100) as bar:

@@ -138,7 +138,7 @@ def _replay(case: Case, step: Any) -> list[Snapshot]:
 
 
 def _want(case: Case) -> list[Snapshot]:
-    return oracle_trace(case.id, SCENARIO, torch.float32)
+    return oracle_trace(case, SCENARIO, torch.float32)
 
 
 @parametrize_cases(PLAIN)

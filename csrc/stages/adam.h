@@ -5,6 +5,20 @@
 
 namespace fastopt {
 
+// The moments alone: what a rule does that waits before it moves the parameter.
+struct moments {
+  static constexpr const char* name = "moments";
+  static constexpr const char* state = "m v";
+  static constexpr const char* coefficients = "w1 beta2 w2";
+  template <class T>
+  FASTOPT_HD static void apply(T&, T& g, T (&s)[2], const T (&c)[3]) {
+    auto& [m, v] = s;
+    const auto& [w1, beta2, w2] = c;
+    m = lerp2(m, g, w1);
+    v = fma(w2 * g, g, v * beta2);
+  }
+};
+
 // Kingma and Ba 2015; step_size = lr / (1 - beta1^t).
 struct adam {
   static constexpr const char* name = "adam";

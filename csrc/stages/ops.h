@@ -28,10 +28,10 @@ FASTOPT_HD T maximum(T a, T b) {
   return (a > b || a != a) ? a : b;
 }
 
-// a + w (b - a), computed as torch.lerp does: from the nearer end, so that w = 1 gives b exactly.
+// a + w (b - a) as torch.lerp computes it, signs of zeros included: from the nearer end, so that w = 1 gives b.
 template <class T>
 FASTOPT_HD T lerp2(T a, T b, T w) {
-  return w < T(0.5) ? fma(w, b - a, a) : fma(a - b, T(1) - w, b);
+  return w < T(0.5) ? fma(w, b - a, a) : fma(b - a, w - T(1), b);
 }
 
 }  // namespace fastopt

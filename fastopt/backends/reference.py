@@ -46,9 +46,12 @@ class _Language:
     def sqrt_rn(x: Tensor) -> Tensor:
         if x.dtype == torch.float32:  # torch's vectorised sqrt is 1 ulp off for some values
             return x.double().sqrt().float()
+        # Tuckerman's test: s is the nearest root exactly if s * (s - ulp) < x <= s * (s + ulp). (One Newton correction
+        # instead would round twice, and be wrong just below powers of four.)
         s = x.sqrt()
-        correction = exact_fma(-s, s, x) / (2 * s)
-        return torch.where(correction.isfinite(), s + correction, s)
+        below, above = (torch.nextafter(s, s.new_full((), end)) for end in (0.0, torch.inf))
+        s = torch.where(exact_fma(s, below, -x) >= 0, below, torch.where(exact_fma(s, above, -x) < 0, above, s))
+        return torch.where(x > 0, s, x.sqrt())
 
     @staticmethod
     def maximum(a: Tensor, b: Tensor, propagate_nan: bool) -> Tensor:

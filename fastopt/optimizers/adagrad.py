@@ -20,7 +20,7 @@ def _initial(p: Tensor, h: Hyper) -> Tensor:
 class AdagradRule(Rule):
     hyper: Sequence[str] = ("lr", "lr_decay", "eps", "initial_accumulator_value")
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         return (stages.adagrad,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:

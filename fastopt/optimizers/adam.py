@@ -16,7 +16,7 @@ class AdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "amsgrad", "decoupled_weight_decay")
     decouples = True
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         return (stages.amsgrad,) if h.amsgrad else (stages.adam,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
@@ -38,8 +38,8 @@ class Adam(Fused, torch.optim.Adam):
         p &\leftarrow p - \frac{\gamma}{1-\beta_1^t}\, m \,\Big/ \Big(\sqrt{v}\,/\sqrt{1-\beta_2^t} + \epsilon\Big)
 
     with :math:`g \leftarrow g + \lambda p` first when ``weight_decay`` is set, or
-    :math:`p \leftarrow (1-\gamma\lambda) p` with ``decoupled_weight_decay=True``. AMSGrad divides by the running maximum of
-    the raw v; the paper has no bias correction and no eps, and other libraries take the maximum after the correction.
+    :math:`p \leftarrow (1-\gamma\lambda) p` with ``decoupled_weight_decay=True``. AMSGrad divides by the running maximum
+    of the raw v; the paper has no bias correction and no eps, and other libraries take the maximum after the correction.
 
     Same signature, numbers, state and checkpoints as ``torch.optim.Adam``.
 

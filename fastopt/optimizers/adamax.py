@@ -15,7 +15,7 @@ from fastopt.rule import Hyper, Rule, Slot
 class AdamaxRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps")
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         return (stages.adamax,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from fastopt import backends
 from fastopt.engine import Engine
-from fastopt.rule import Rule
+from fastopt.rule import Rule, Settings
 
 if TYPE_CHECKING:
     _Base = Optimizer
@@ -142,23 +142,28 @@ def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defa
     """The state as it was saved: torch casts every tensor to its parameter's dtype and shares the caller's memory."""
     result: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state["state"])
     groups = zip(loaded["param_groups"], state["param_groups"], strict=True)
+    settings = Settings(rule, lambda chain: -1)
     for i, (saved_group, group) in enumerate(groups):
+        slots = {slot.key for slot in settings.of(group).named_slots.values()}
         for k, (name, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
             saved = loaded["state"].get(name)
             if not isinstance(saved, dict):
                 continue
             for key, value in saved.items():
+                if isinstance(value, str):  # torch takes a string apart as it does any iterable
+                    result[p][key] = value
                 if not isinstance(value, Tensor):
                     continue
-                if key in rule.counters:
+                if key == "step":  # where it lives follows from the flags of the loaded group
                     result[p][key] = result[p][key].clone()
                     continue
-                if value.dim() and value.shape != p.shape:
+                if key in slots and value.shape != p.shape:
                     raise ValueError(
                         f"state {key!r} for parameter {k} of group {i} has shape {tuple(value.shape)}, the parameter "
                         f"has {tuple(p.shape)}: load a state that was saved for this model"
                     )
-                result[p][key] = value.detach().to(device=p.device, copy=True)
+                device = result[p][key].device if key in rule.counters else p.device
+                result[p][key] = value.detach().to(device=device, copy=True)
     return result
 
 

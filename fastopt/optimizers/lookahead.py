@@ -6,14 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt.chain import Stage
 from fastopt.engine import Engine, pull_back
 from fastopt.optimizers.base import Fused, torch_step
-from fastopt.optimizers.slow import SlowWeights
+from fastopt.optimizers.slow import SlowWeights, check_slow
 from fastopt.rule import Hyper, Rule, Slot, copy_of
 
 K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", "slow_param"
@@ -29,8 +28,8 @@ class LookaheadRule(Rule):
         self.decouples = inner.decouples
         self.slow = Slot(SLOW, copy_of)
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
-        return self.inner.update(h)
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+        return self.inner.update(h, t)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return self.inner.slots(h)
@@ -52,7 +51,7 @@ class Lookahead(SlowWeights, Optimizer):
     r"""k steps of any optimizer, then one step of slow weights towards where it arrived; it restarts there.
 
     .. math::
-        \phi \leftarrow \phi + \alpha\,(\theta_k - \phi), \qquad \theta \leftarrow \phi \quad \text{every } k \text{ steps}
+        \phi \leftarrow \phi + \alpha\,(\theta_k - \phi), \quad \theta \leftarrow \phi \quad \text{every } k \text{ steps}
 
     The paper's semantics: the slow weights φ start as the parameters before the first step and the first pull-back is
     at step k. (Several wrappers start them after the first inner step or at the first synchronisation, which delays
@@ -96,7 +95,7 @@ class Lookahead(SlowWeights, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, Lookahead):
             raise TypeError("Lookahead around Lookahead would share its state keys: wrap the innermost optimizer once")
-        _check(k, alpha)
+        check_slow(k, alpha)
         self.optimizer = optimizer
         self._defaults = {K: k, ALPHA: alpha}
         for group in optimizer.param_groups:
@@ -119,8 +118,8 @@ class Lookahead(SlowWeights, Optimizer):
     def state(self, state: Any) -> None:
         self.optimizer.state = state
 
-    @property  # type: ignore[override]
-    def defaults(self) -> dict[str, Any]:
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.optimizer.defaults
 
     @property
@@ -138,10 +137,10 @@ class Lookahead(SlowWeights, Optimizer):
         group.setdefault(K, self._defaults[K])
         group.setdefault(ALPHA, self._defaults[ALPHA])
         group.setdefault(STEP, 0)
-        _check(group[K], group[ALPHA])
+        check_slow(group[K], group[ALPHA])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check(param_group.get(K, self._defaults[K]), param_group.get(ALPHA, self._defaults[ALPHA]))
+        check_slow(param_group.get(K, self._defaults[K]), param_group.get(ALPHA, self._defaults[ALPHA]))
         self.optimizer.add_param_group(param_group)
         self._complete(self.optimizer.param_groups[-1])
 
@@ -217,7 +216,7 @@ class Lookahead(SlowWeights, Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         own = [{key: group[key] for key in (K, ALPHA)} for group in self.param_groups]
         for group in state_dict["param_groups"]:
-            _check(group.get(K, 1), group.get(ALPHA, 1.0))
+            check_slow(group.get(K, 1), group.get(ALPHA, 1.0))
         self.optimizer.load_state_dict(self._detached(state_dict))
         for group, kept in zip(self.param_groups, own, strict=True):
             for key, value in kept.items():
@@ -250,12 +249,3 @@ class Lookahead(SlowWeights, Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
-
-
-def _check(k: Any, alpha: Any) -> None:
-    if isinstance(k, bool) or int(k) != k or k < 1:
-        raise ValueError(
-            f"Invalid k value: {k}; the number of steps between synchronisations is an integer of at least 1"
-        )
-    if not 0.0 <= float(torch.as_tensor(alpha)) <= 1.0:
-        raise ValueError(f"Invalid alpha value: {alpha}; the step of the slow weights is in [0, 1]")

@@ -18,7 +18,7 @@ class NAdamRule(Rule):
     counters: Mapping[str, float] = MappingProxyType({"step": 0.0, "mu_product": 1.0})
     decouples = True
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         return (stages.nadam,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:

@@ -16,7 +16,7 @@ class RAdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "decoupled_weight_decay")
     decouples = True
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         return (stages.radam,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:

@@ -12,7 +12,7 @@ from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.radam import RAdamRule
-from fastopt.optimizers.slow import SlowWeights
+from fastopt.optimizers.slow import SlowWeights, check_slow
 from fastopt.rule import Hyper, Slot, copy_of
 
 SLOW = "slow_buffer"
@@ -39,14 +39,18 @@ class RangerRule(RAdamRule):
         """Whether step t leaves the parameters alone."""
         return bool(not h.degenerated_to_sgd and self.rectification(h, t) == 0)
 
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+        return (stages.moments,) if self.waits(h, t) else super().update(h, t)
+
     def decay(self, h: Hyper, t: float) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-        factor = 1.0 if self.waits(h, t) else 1 - h.lr * h.weight_decay
-        return (stages.shrink,), stages.shrink.row(factor=factor)
+        if self.waits(h, t):
+            return (), ()
+        return (stages.shrink,), stages.shrink.row(factor=1 - h.lr * h.weight_decay)
 
     def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
-        row: Any = super().coefficients(h, t, carry)
-        waiting: tuple[float, ...] = row._replace(lr=0.0) if self.waits(h, t) else row
-        return waiting
+        if self.waits(h, t):
+            return stages.moments.row(w1=1 - h.beta1, beta2=h.beta2, w2=1 - h.beta2)
+        return super().coefficients(h, t, carry)
 
     def alpha(self, h: Hyper) -> float:
         return float(h.alpha)
@@ -55,7 +59,7 @@ class RangerRule(RAdamRule):
         return t % h.k == 0
 
     def rows(self, h: Hyper, p: Tensor) -> int:
-        return p.shape[0] if h.use_gc and p.dim() > (3 if h.gc_conv_only else 1) else 0
+        return p.shape[0] if h.use_gc and p.numel() and p.dim() > (3 if h.gc_conv_only else 1) else 0
 
     def structure(self, h: Hyper) -> tuple[Any, ...]:
         return (*super().structure(h), bool(h.use_gc), bool(h.gc_conv_only))
@@ -165,17 +169,12 @@ class Ranger(Fused, SlowWeights, Optimizer):
 
 
 def _check(group: dict[str, Any]) -> None:
-    lr, k, betas = group["lr"], group["k"], group["betas"]
+    lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= group["alpha"] <= 1.0:
-        raise ValueError(f"Invalid alpha value: {group['alpha']}; the step of the slow weights is in [0, 1]")
-    if isinstance(k, bool) or int(k) != k or k < 1:
-        raise ValueError(
-            f"Invalid k value: {k}; the number of steps between synchronisations is an integer of at least 1"
-        )
+    check_slow(group["k"], group["alpha"])
     if not group["n_sma_threshold"] >= 4:
         raise ValueError(
             f"Invalid n_sma_threshold value: {group['n_sma_threshold']}; at least 4, else rectification is undefined"

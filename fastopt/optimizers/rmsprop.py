@@ -15,7 +15,7 @@ from fastopt.rule import Hyper, Rule, Slot
 class RMSpropRule(Rule):
     hyper: Sequence[str] = ("lr", "alpha", "eps", "momentum", "centered")
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         if h.momentum > 0:
             return (stages.rmsprop_centered_momentum if h.centered else stages.rmsprop_momentum,)
         return (stages.rmsprop_centered if h.centered else stages.rmsprop,)
@@ -40,7 +40,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         v &\leftarrow \alpha v + (1-\alpha) g^2, \qquad
         d = \sqrt{v} + \epsilon \quad\text{or, centered,}\quad
         \bar g \leftarrow \alpha \bar g + (1-\alpha) g,\;\; d = \sqrt{v - \bar g^2} + \epsilon \\
-        p &\leftarrow p - \gamma\, g/d, \quad\text{with momentum: } b \leftarrow \mu b + g/d,\; p \leftarrow p - \gamma b
+        p &\leftarrow p - \gamma\, g/d, \quad\text{with momentum: } b \leftarrow \mu b + g/d, p \leftarrow p - \gamma b
 
     No bias correction. TensorFlow 1 and timm's RMSpropTF differ: eps inside the root, v starting at one, γ inside the
     momentum. Centered, rounding can make :math:`v - \bar g^2` negative and the result NaN, as in torch.

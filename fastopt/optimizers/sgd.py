@@ -17,7 +17,7 @@ class SGDRule(Rule):
     hyper: Sequence[str] = ("lr", "momentum", "dampening", "nesterov")
     counters: Mapping[str, float] = MappingProxyType({})
 
-    def update(self, h: Hyper) -> tuple[Stage, ...]:
+    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
         if h.momentum == 0:
             return (stages.sgd,)
         return (stages.nesterov if h.nesterov else stages.momentum, stages.sgd)

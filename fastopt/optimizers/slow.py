@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     _Base = Optimizer
 else:
     _Base = object
+
+
+def check_slow(k: Any, alpha: Any) -> None:
+    """Reject what no slow weights can be run with, before anything is changed."""
+    if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"Invalid k value: {k}; the steps between synchronisations are an integer of at least 1")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"Invalid alpha value: {alpha}; the step of the slow weights is in [0, 1]")
 
 
 class SlowWeights(_Base):

@@ -1,0 +1,624 @@
+"""Lookahead around ours and around any torch.optim.Optimizer: the paper's numbers, and all a real optimizer must do.
+
+The checks on which published wrappers fail (hooks, resume, copies, groups, schedulers, closures ...) are here.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from cases import TORCH_CASES, Case, backends, parametrize
+from harness import difference
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+import fastopt
+
+# name -> makes the inner optimizer. Ours run fused with Lookahead; the rest is foreign code, lazily initialised or not.
+INNER: dict[str, Callable[[Any], Any]] = {
+    "ours-sgd": lambda ps: fastopt.SGD(ps, lr=0.1, momentum=0.9),
+    "ours-adam": lambda ps: fastopt.Adam(ps, lr=0.05),
+    "ours-nadam-reference": lambda ps: fastopt.NAdam(ps, lr=0.05, backend="reference"),
+    "ours-ranger": lambda ps: fastopt.Ranger(ps, lr=0.05, k=3),
+    "torch-sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    "torch-plain-sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "torch-adam": lambda ps: torch.optim.Adam(ps, lr=0.05),
+    "torch-fused-adam": lambda ps: torch.optim.Adam(ps, lr=0.05, fused=True),
+    "torch-rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=0.05),
+    "torch-adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.05),
+    "torch-adadelta": lambda ps: torch.optim.Adadelta(ps, lr=0.5),
+    "torch-asgd": lambda ps: torch.optim.ASGD(ps, lr=0.05),
+    "torch-rprop": lambda ps: torch.optim.Rprop(ps, lr=0.05),
+}  # fmt: skip
+each_inner = pytest.mark.parametrize("inner", INNER)
+each_backend = pytest.mark.parametrize("backend", backends())
+
+
+def ramp(n: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, n)
+
+
+def wave(shape: Any, step: int) -> torch.Tensor:
+    n = torch.Size(shape).numel()
+    return torch.cos(torch.arange(n) * 0.7 + step).reshape(shape)
+
+
+def params() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(ramp(9)), torch.nn.Parameter(ramp(12).reshape(3, 4))]
+
+
+def train(optimizer: Any, ps: list[Any], start: int, stop: int) -> None:
+    for step in range(start, stop):
+        for i, p in enumerate(ps):
+            p.grad = wave(p.shape, step + i)
+        optimizer.step()
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(not difference(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
+
+
+def plain_sgd(value: float = 0.0, k: int = 5, alpha: float = 0.5, **kwargs: Any) -> tuple[Any, Any]:
+    p = torch.nn.Parameter(torch.tensor([value]))
+    return p, fastopt.Lookahead(fastopt.SGD([p], lr=1.0, **kwargs), k=k, alpha=alpha)
+
+
+@each_backend
+@pytest.mark.parametrize("foreign", [False, True], ids=["ours", "torch"])
+def test_the_papers_trajectory(foreign: bool, backend: str) -> None:
+    """p moves by one a step, k = 5, alpha = .5: 1 2 3 4 2.5 and not 1 2 3 4 5 3.5, nor 1 ... 9 7.5."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    inner = torch.optim.SGD([p], lr=1.0) if foreign else fastopt.SGD([p], lr=1.0, backend=backend)
+    optimizer, seen = fastopt.Lookahead(inner, k=5, alpha=0.5), []
+    for _ in range(12):
+        p.grad = -torch.ones(1)
+        optimizer.step()
+        seen.append(p.item())
+    assert seen == [1, 2, 3, 4, 2.5, 3.5, 4.5, 5.5, 6.5, 5, 6, 7]
+
+
+@each_inner
+@pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (1, 0.3), (2, 0.0), (3, 0.8)])
+def test_foreign_and_own_inner_optimizers_follow_zhang(inner: str, k: int, alpha: float) -> None:
+    """Against the same inner optimizer with the formula written out beside it."""
+    ours, theirs = params(), params()
+    optimizer = fastopt.Lookahead(INNER[inner](ours), k=k, alpha=alpha)
+    bare, slow = INNER[inner](theirs), [p.detach().clone() for p in theirs]
+    for step in range(11):
+        train(optimizer, ours, step, step + 1)
+        train(bare, theirs, step, step + 1)
+        if (step + 1) % k == 0:
+            for p, s in zip(theirs, slow, strict=True):
+                s.lerp_(p.detach(), alpha)
+                p.data.copy_(s)
+        assert same(ours, theirs), f"step {step + 1}"
+    assert same([optimizer.state[p]["slow_param"] for p in ours], slow)
+
+
+@each_inner
+def test_alpha_one_is_the_inner_optimizer(inner: str) -> None:
+    ours, theirs = params(), params()
+    train(fastopt.Lookahead(INNER[inner](ours), k=2, alpha=1.0), ours, 0, 9)
+    train(INNER[inner](theirs), theirs, 0, 9)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@each_inner
+def test_alpha_zero_returns_to_the_start_every_k_steps(inner: str) -> None:
+    ours, start = params(), params()
+    optimizer = fastopt.Lookahead(INNER[inner](ours), k=3, alpha=0.0)
+    train(optimizer, ours, 0, 2)
+    assert not same(ours, start)
+    train(optimizer, ours, 2, 3)
+    assert same(ours, start)
+    train(optimizer, ours, 3, 6)
+    assert same(ours, start)
+
+
+@each_backend
+def test_k_one_is_sgd_with_a_smaller_step(backend: str) -> None:
+    ours, theirs = params(), params()
+    train(fastopt.Lookahead(fastopt.SGD(ours, lr=0.2, backend=backend), k=1, alpha=0.25), ours, 0, 6)
+    train(torch.optim.SGD(theirs, lr=0.05), theirs, 0, 6)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+BAD: list[dict[str, Any]] = [
+    {"k": 0}, {"k": -3}, {"k": 2.5}, {"alpha": -0.1}, {"alpha": 1.1}, {"alpha": float("nan")}, {"k": float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", BAD, ids=str)
+def test_bad_arguments_are_refused_before_anything_changes(kwargs: dict[str, Any]) -> None:
+    inner = fastopt.Adam(params())
+    before = copy.deepcopy(inner.param_groups)
+    with pytest.raises(ValueError, match=r"k|alpha") as error:
+        fastopt.Lookahead(inner, **kwargs)
+    assert str(next(iter(kwargs.values()))) in str(error.value)
+    assert [list(g) for g in inner.param_groups] == [list(g) for g in before]
+
+
+def test_only_optimizers_are_wrapped() -> None:
+    with pytest.raises(TypeError, match="Optimizer"):
+        fastopt.Lookahead(params())  # type: ignore[arg-type]
+
+
+@each_inner
+def test_it_is_an_optimizer_with_live_views(inner: str) -> None:
+    wrapped = INNER[inner](params())
+    optimizer = fastopt.Lookahead(wrapped)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.optimizer is wrapped
+    assert optimizer.param_groups is wrapped.param_groups
+    assert optimizer.state is wrapped.state
+    for key, value in wrapped.defaults.items():
+        assert optimizer.defaults[key] == value
+    group = optimizer.param_groups[0]
+    assert (group["lookahead_k"], group["lookahead_alpha"], group["lookahead_step"]) == (5, 0.5, 0)
+    assert type(wrapped).__name__ in repr(optimizer)
+
+
+@each_inner
+def test_step_counter_is_per_group(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner]([{"params": ps[:1]}]), k=3, alpha=0.0)
+    train(optimizer, ps[:1], 0, 2)
+    optimizer.add_param_group({"params": ps[1:]})
+    start = ps[1].detach().clone()
+    assert [g["lookahead_step"] for g in optimizer.param_groups] == [2, 0]
+    train(optimizer, ps, 2, 3)
+    assert torch.equal(ps[0], params()[0])
+    assert not torch.equal(ps[1], start)
+    train(optimizer, ps, 3, 5)
+    assert torch.equal(ps[1], start)
+    assert [g["lookahead_step"] for g in optimizer.param_groups] == [5, 3]
+
+
+@each_inner
+def test_groups_may_have_their_own_k_and_alpha(inner: str) -> None:
+    ps = params()
+    groups = [{"params": ps[:1], "lookahead_k": 2, "lookahead_alpha": 0.0}, {"params": ps[1:]}]
+    optimizer = fastopt.Lookahead(INNER[inner](groups), k=3, alpha=1.0)
+    assert [(g["lookahead_k"], g["lookahead_alpha"]) for g in optimizer.param_groups] == [(2, 0.0), (3, 1.0)]
+    free = params()
+    train(optimizer, ps, 0, 4)
+    train(INNER[inner](free), free, 0, 4)
+    assert torch.equal(ps[0], params()[0])
+    assert torch.equal(ps[1], free[1])
+
+
+@each_inner
+def test_k_and_alpha_edited_in_the_group_take_effect(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=50, alpha=0.5)
+    train(optimizer, ps, 0, 3)
+    assert not same(ps, params())
+    optimizer.param_groups[0].update(lookahead_k=4, lookahead_alpha=0.0)
+    train(optimizer, ps, 3, 4)
+    assert same(ps, params())
+
+
+@each_inner
+def test_late_gradients(inner: str) -> None:
+    """Slow weights are the value before the parameter's own first step, and the group's counter rules."""
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=4, alpha=0.0)
+    for step in range(8):
+        ps[0].grad = wave((9,), step)
+        ps[1].grad = wave((3, 4), step) if step >= 2 else None
+        if step == 2:
+            assert torch.equal(ps[1], params()[1])
+        optimizer.step()
+        assert torch.equal(ps[1], params()[1]) == (step < 2 or step % 4 == 3)
+
+
+@each_inner
+def test_parameters_without_a_gradient_are_pulled_back_too(inner: str) -> None:
+    """At the moment of synchronisation the second one has none: it must not keep its fast weights."""
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=3, alpha=0.0)
+    train(optimizer, ps, 0, 2)
+    ps[0].grad, ps[1].grad = wave((9,), 2), None
+    optimizer.step()
+    assert same(ps, params())
+
+
+@each_inner
+def test_frozen_and_unused_parameters(inner: str) -> None:
+    ps = [*params(), torch.nn.Parameter(ramp(3), requires_grad=False), torch.nn.Parameter(ramp(4))]
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=2)
+    train(optimizer, ps[:2], 0, 5)
+    assert torch.equal(ps[2], ramp(3))
+    assert torch.equal(ps[3].detach(), ramp(4))
+
+
+def _saved(optimizer: Any) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@each_inner
+@pytest.mark.parametrize("at", [1, 5, 8])
+def test_resume_is_exact(inner: str, at: int) -> None:
+    """Saved between synchronisations: slow weights, counter, k and alpha all come back."""
+    whole, first = params(), params()
+    train(fastopt.Lookahead(INNER[inner](whole), k=5, alpha=0.4), whole, 0, 17)
+    optimizer = fastopt.Lookahead(INNER[inner](first), k=5, alpha=0.4)
+    train(optimizer, first, 0, at)
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    resumed = fastopt.Lookahead(INNER[inner](second), k=2, alpha=0.9)
+    resumed.load_state_dict(_saved(optimizer))
+    assert resumed.param_groups[0]["lookahead_step"] == at
+    train(resumed, second, at, 17)
+    assert same(whole, second)
+
+
+@each_inner
+def test_state_dict_is_flat(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps))
+    train(optimizer, ps, 0, 2)
+    state_dict = optimizer.state_dict()
+    assert set(state_dict) == {"state", "param_groups"}
+    assert list(state_dict["state"]) == [0, 1]
+    assert all(torch.equal(state_dict["state"][i]["slow_param"], p) for i, p in enumerate(params()))
+    group = state_dict["param_groups"][0]
+    assert (group["lookahead_k"], group["lookahead_alpha"], group["lookahead_step"]) == (5, 0.5, 2)
+
+
+@each_inner
+def test_checkpoint_of_the_inner_optimizer_alone_loads(inner: str) -> None:
+    """Slow weights then start as the parameters are, and the counter at zero."""
+    bare = params()
+    alone = INNER[inner](bare)
+    train(alone, bare, 0, 4)
+    ps = [torch.nn.Parameter(p.detach().clone()) for p in bare]
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=3, alpha=0.0)
+    optimizer.load_state_dict(copy.deepcopy(alone.state_dict()))
+    group = optimizer.param_groups[0]
+    assert (group["lookahead_k"], group["lookahead_alpha"], group["lookahead_step"]) == (3, 0.0, 0)
+    train(optimizer, ps, 4, 7)
+    assert same(ps, bare)
+    train(optimizer, ps, 7, 8)
+    train(alone, bare, 7, 8)
+    if inner.startswith("torch-") or "adam" in inner:
+        assert not same(ps, params())
+
+
+@each_inner
+def test_lr_edited_after_loading_takes_effect(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=50)
+    train(optimizer, ps, 0, 3)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups is optimizer.optimizer.param_groups
+    assert optimizer.state is optimizer.optimizer.state
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in ps]
+    train(optimizer, ps, 3, 4)
+    if inner not in ("torch-rprop", "torch-asgd"):  # these keep a step size of their own
+        assert same(ps, before)
+
+
+@each_inner
+def test_wrong_shape_of_slow_weights_is_refused(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps))
+    train(optimizer, ps, 0, 2)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][1]["slow_param"] = torch.zeros(4, 3)
+    state_dict["param_groups"][0]["lr"] = 9.0
+    with pytest.raises(ValueError, match="slow_param"):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["lr"] != 9.0
+
+
+@each_inner
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(inner: str, how: str) -> None:
+    """In mid-run, both go on alike and apart; nothing else in the process is disturbed."""
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=4, alpha=0.4)
+    train(optimizer, ps, 0, 6)
+    pair = (ps, optimizer)
+    try:
+        twin_ps, twin = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    except (AttributeError, pickle.PicklingError) as error:  # pragma: no cover
+        raise AssertionError(f"{how} failed") from error
+    before = [p.detach().clone() for p in ps]
+    train(twin, list(twin_ps), 6, 13)
+    assert same(ps, before)
+    train(optimizer, ps, 6, 13)
+    assert same(ps, list(twin_ps))
+    fresh = params()
+    train(fastopt.Lookahead(INNER[inner](fresh), k=4, alpha=0.4), fresh, 0, 13)
+    assert same(ps, fresh)
+
+
+@each_inner
+def test_hooks_of_wrapper_and_inner_fire_once_in_order(inner: str) -> None:
+    ps, calls = params(), []
+    wrapped = INNER[inner](ps)
+    optimizer = fastopt.Lookahead(wrapped)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("outer pre"))
+    wrapped.register_step_pre_hook(lambda *_: calls.append("inner pre"))
+    wrapped.register_step_post_hook(lambda *_: calls.append("inner post"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("outer post"))
+    train(optimizer, ps, 0, 2)
+    assert calls == ["outer pre", "inner pre", "inner post", "outer post"] * 2
+    calls.clear()
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
+    optimizer.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save pre", "save post", "load pre", "load post"]
+
+
+@each_inner
+def test_hook_that_edits_the_dict(inner: str) -> None:
+    """Post-save and pre-load hooks may return another dict."""
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps))
+    train(optimizer, ps, 0, 1)
+    optimizer.register_state_dict_post_hook(lambda o, d: {**d, "note": 1})
+    assert optimizer.state_dict()["note"] == 1
+
+    def half(o: Any, d: dict[str, Any]) -> dict[str, Any]:
+        return {**d, "param_groups": [{**g, "lr": 0.5} for g in d["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(half)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@each_inner
+def test_closure(inner: str) -> None:
+    """Called once, with gradients enabled, its loss returned; first gradients may appear inside it."""
+    ps, calls = params(), []
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=2, alpha=0.0)
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = sum(((p - 3) ** 2).sum() for p in ps)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert isinstance(loss, torch.Tensor)
+    assert optimizer.step(closure=closure) is not None
+    assert calls == [True, True]
+    assert same(ps, params())
+    optimizer.zero_grad(set_to_none=True)
+    assert optimizer.step(closure=None) is None
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.3),
+}
+
+
+@pytest.mark.parametrize("on", ["wrapper", "inner"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("inner", ["ours-sgd", "ours-adam", "ours-ranger", "torch-sgd", "torch-adam"])
+def test_schedulers(inner: str, scheduler: str, on: str) -> None:
+    """On the wrapper or on what it wraps: the inner optimizer's trajectory for alpha = 1, and no warning."""
+    results = []
+    for wrapped in (False, True):
+        ps = params()
+        bare = INNER[inner](ps)
+        optimizer = fastopt.Lookahead(bare, k=3, alpha=1.0) if wrapped else bare
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            schedule = SCHEDULERS[scheduler](optimizer if on == "wrapper" else bare)
+            for step in range(8):
+                train(optimizer, ps, step, step + 1)
+                schedule.step()
+        results.append(ps)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+@each_inner
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(inner: str, set_to_none: bool) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps))
+    train(optimizer, ps, 0, 1)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert all(p.grad is None if set_to_none else not p.grad.any() for p in ps)
+
+
+@each_inner
+def test_gradients_are_left_alone(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=1)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(p.grad._version == 0 and (p.grad == 1).all() for p in ps)
+
+
+def _scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+
+
+AMP = {
+    **INNER,
+    "ours-fused-adam": lambda ps: fastopt.Adam(ps, lr=0.05, fused=True),
+    "ours-fused-sgd": lambda ps: fastopt.SGD(ps, lr=0.05, momentum=0.9, fused=True),
+}
+
+
+@pytest.mark.parametrize("inner", AMP)
+@pytest.mark.parametrize("bad", [{0}, {4}, {2, 3}], ids=["first", "synchronising", "middle"])
+def test_gradscaler_overflow_neither_counts_nor_pulls_back(inner: str, bad: set[int]) -> None:
+    """The trajectory is that of the finite steps alone: counter, slow weights, inner states and parameters."""
+    ps, clean = params(), params()
+    optimizer, reference = (fastopt.Lookahead(AMP[inner](p), k=5, alpha=0.5) for p in (ps, clean))
+    amp = _scaler()
+    for step in range(12):
+        amp.scale(torch.zeros(1))
+        for i, p in enumerate(ps):
+            p.grad = wave(p.shape, step + i) * amp.get_scale()
+        if step in bad:
+            ps[1].grad[0, 0] = float("inf")
+        before = [p.detach().clone() for p in ps], optimizer.param_groups[0]["lookahead_step"]
+        amp.step(optimizer)
+        amp.update()
+        if step in bad:
+            assert same(ps, before[0])
+            assert optimizer.param_groups[0]["lookahead_step"] == before[1]
+        else:
+            train(reference, clean, step, step + 1)
+        assert same(ps, clean), f"step {step}"
+    assert optimizer.param_groups[0]["lookahead_step"] == 12 - len(bad)
+
+
+def test_amp_scaling_is_left_to_the_scaler_unless_the_inner_optimizer_does_it() -> None:
+    for inner, expected in (("ours-adam", False), ("ours-fused-adam", True), ("torch-adam", False)):
+        optimizer = fastopt.Lookahead(AMP[inner](params()))
+        assert bool(getattr(optimizer, "_step_supports_amp_scaling", False)) == expected
+
+
+@each_inner
+def test_slow_weights_context(inner: str) -> None:
+    """Evaluation sees the slow weights; afterwards the fast ones are back bit for bit, also after an error."""
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=5, alpha=0.5)
+    with optimizer.slow_weights():
+        assert same(ps, params())
+    train(optimizer, ps, 0, 7)
+    fast = [p.detach().clone() for p in ps]
+    slow = [optimizer.state[p]["slow_param"].clone() for p in ps]
+    with optimizer.slow_weights():
+        assert same(ps, slow)
+    assert same(ps, fast)
+    with pytest.raises(KeyError), optimizer.slow_weights():
+        raise KeyError
+    assert same(ps, fast)
+    assert same([optimizer.state[p]["slow_param"] for p in ps], slow)
+    free = params()
+    train(other := fastopt.Lookahead(INNER[inner](free), k=5, alpha=0.5), free, 0, 10)
+    train(optimizer, ps, 7, 10)
+    assert same(ps, free)
+    with other.slow_weights():
+        assert same(ps, free), "right after a synchronisation slow and fast weights are the same"
+
+
+@each_inner
+def test_distributed_checkpoint_functions(inner: str) -> None:
+    """get/set_optimizer_state_dict, into a model that has never stepped: nothing lost, nothing advanced."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+
+    def steps(module: torch.nn.Module, optimizer: Any, start: int, stop: int) -> None:
+        train(optimizer, list(module.parameters()), start, stop)
+
+    optimizer = fastopt.Lookahead(INNER[inner](model.parameters()), k=4, alpha=0.4)
+    steps(model, optimizer, 0, 6)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    twin = copy.deepcopy(model)
+    other = fastopt.Lookahead(INNER[inner](twin.parameters()), k=4, alpha=0.4)
+    before = [p.detach().clone() for p in twin.parameters()]
+    set_optimizer_state_dict(twin, other, saved)
+    assert same(list(twin.parameters()), before)
+    assert other.param_groups[0]["lookahead_step"] == 6
+    steps(model, optimizer, 6, 13)
+    steps(twin, other, 6, 13)
+    assert same(list(model.parameters()), list(twin.parameters()))
+
+
+@each_inner
+def test_parameters_moved_before_the_first_step(inner: str) -> None:
+    """model.double() or .to(device) after construction: slow weights are made at the first step, so they follow."""
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=2, alpha=0.0)
+    if "adagrad" in inner:
+        return  # its own states exist from construction on, in torch as well
+    for p in ps:
+        p.data = p.data.double() + 1
+    for step in range(2):
+        for p in ps:
+            p.grad = wave(p.shape, step).double()
+        optimizer.step()
+    assert all(torch.equal(p.detach(), q.detach().double() + 1) for p, q in zip(ps, params(), strict=True))
+
+
+@parametrize([c for c in TORCH_CASES if c.id in ("adam", "sgd", "radam")], ("fp32",))
+def test_around_ours_it_is_one_pass(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """explain counts the same launches as for the inner optimizer, and names the synchronising stage's state."""
+    ps = params()
+    optimizer = fastopt.Lookahead(case.make(ps, backend))
+    train(optimizer, ps, 0, 1)
+    text = str(fastopt.explain(optimizer))
+    assert "Lookahead" in text
+    assert backend in text
+
+
+def test_nothing_is_kept_alive() -> None:
+    for inner in INNER:
+        ps = params()
+        optimizer = fastopt.Lookahead(INNER[inner](ps))
+        train(optimizer, ps, 0, 6)
+        grad, p = weakref.ref(ps[0].grad), weakref.ref(ps[0])
+        ps[0].grad = None
+        if "reference" not in inner:
+            assert grad() is None, inner
+        del optimizer, ps
+        gc.collect()
+        assert p() is None, inner
+
+
+def test_stepping_the_inner_optimizer_directly_is_an_inner_step() -> None:
+    """Some trainers do it. It must neither count nor pull back, nor corrupt what follows."""
+    p, optimizer = plain_sgd(k=2, alpha=0.0)
+    p.grad = -torch.ones(1)
+    optimizer.optimizer.step()
+    assert p.item() == 1.0
+    assert optimizer.param_groups[0]["lookahead_step"] == 0
+    optimizer.step()
+    optimizer.step()
+    assert p.item() == 1.0, "slow weights are those before the first Lookahead step"
+
+
+def test_momentum_is_left_to_the_inner_optimizer() -> None:
+    """The authors' default: buffers are neither reset nor pulled back at a synchronisation."""
+    p, optimizer = plain_sgd(k=2, alpha=0.0, momentum=0.5)
+    for expected in (-1.0, 0.0, -1.75):
+        p.grad = torch.ones(1)
+        optimizer.step()
+        assert p.item() == expected
+
+
+def test_oracle_and_wrapper_agree_on_low_precision_parameters() -> None:
+    """bf16: the slow weights have the parameter's dtype and the pull-back is computed in float32."""
+    p = torch.nn.Parameter(ramp(33).bfloat16())
+    q = torch.nn.Parameter(ramp(33).bfloat16())
+    optimizer = fastopt.Lookahead(fastopt.SGD([p], lr=0.1), k=2, alpha=0.3)
+
+    def make(groups: Any) -> Any:
+        return oracles.Lookahead(oracles.TorchLoop("SGD", groups, lr=0.1), 2, 0.3)
+
+    oracle = oracles.LowPrecision(make, [q])
+    for step in range(6):
+        p.grad = q.grad = wave((33,), step).bfloat16()
+        optimizer.step()
+        oracle.step()
+        assert not difference(p.detach(), q.detach())
+    assert optimizer.state[p]["slow_param"].dtype == torch.bfloat16
