@@ -85,6 +85,12 @@ bool is_plain(const c10::TensorImpl* impl) {
 
 void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
 
+uint64_t fingerprint(c10::IntArrayRef sizes) {
+  uint64_t h = sizes.size();
+  for (const int64_t size : sizes) h = h * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(size);
+  return h;
+}
+
 bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   const auto sizes = a->sizes(), as = a->strides(), bs = b->strides();
   if (sizes != b->sizes()) return false;
@@ -280,7 +286,8 @@ bool Plan::check_state(PyObject* state) const {
 
 // Whether the memory behind p, its states and its counters is still the memory the plan recorded.
 bool Plan::check_tensors(const Entry& entry) const {
-  if (!unchanged(entry.param.get(), entry.memory) || entry.memory.impl->numel() != entry.n) return false;
+  if (!unchanged(entry.param.get(), entry.memory) || fingerprint(entry.memory.impl->sizes()) != entry.shape)
+    return false;
   for (int k = 0; k < entry.slot_count; ++k) {
     const Slot& slot = entry.slots[k];
     if (!unchanged(slot.object, slot.memory) || slot.memory.impl->numel() != entry.n) return false;
@@ -374,6 +381,7 @@ void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& sl
   entry.n = impl->numel();
   entry.memory = memory_of(entry.param.get());
   entry.meta = impl->autograd_meta();
+  entry.shape = fingerprint(impl->sizes());
   PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
   if (!own && PyErr_Occurred()) throw PythonError{};
   if (slot_keys.empty() && counter_keys_.empty())

@@ -95,6 +95,7 @@ class Plan {
     Ref param;
     Memory memory;
     const void* meta;
+    uint64_t shape;  // a fingerprint of p's sizes
     int64_t n;
     int64_t rows;
     std::unique_ptr<Layout> layout;  // set when p and its states do not share one dense layout

@@ -48,11 +48,22 @@ def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict
 def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: str) -> None:
     for slot in setting.named_slots.values():
         tensor = state.get(slot.key)
-        if isinstance(tensor, Tensor) and tensor.shape != p.shape:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"state {slot.key!r} of {where} is a {type(tensor).__name__}; a tensor is expected")
+        given, wanted = _kind(tensor), _kind(p)
+        if given != wanted:
             raise ValueError(
-                f"state {slot.key!r} of {where} has shape {tuple(tensor.shape)}, the parameter has "
-                f"{tuple(p.shape)}: load a state that was saved for this model, or clear optimizer.state"
+                f"state {slot.key!r} of {where} is {given}, the parameter is {wanted}: load a state that was saved for "
+                "this model, or clear optimizer.state"
             )
+
+
+def _kind(t: Tensor) -> str:
+    """What a state shares with its parameter; the floating dtype it need not."""
+    numbers = "complex" if t.is_complex() else "real" if t.is_floating_point() else str(t.dtype)
+    return f"{numbers} of shape {tuple(t.shape)} on {t.device.type}"
 
 
 @dataclass
@@ -129,6 +140,7 @@ class PythonPlan:
                     continue
                 if missing_state(setting, p, own):
                     return False
+                check_state(setting, p, own, f"a parameter of group {i}")
                 self._work.append(self._item(p, setting, own, asked))
         return True
 

@@ -53,6 +53,13 @@ class Case:
             inner = oracles.TorchLoop(self.name, groups, **self.kwargs)
         return oracles.Lookahead(inner, *self.lookahead) if self.lookahead else inner
 
+    def low_precision_oracle(self, groups: Any) -> Any:
+        """The same for bf16 and fp16 parameters: one pass, one rounding. Ranger inside Lookahead takes two passes."""
+        if self.name == "Ranger" and self.lookahead:
+            inner = oracles.LowPrecision(lambda shadows: oracles.Ranger(shadows, **self.kwargs), groups)
+            return oracles.Lookahead(inner, *self.lookahead)
+        return oracles.LowPrecision(self.oracle, groups)
+
     def textbook(self) -> oracles.Textbook:
         cls = oracles.Ranger if self.name == "Ranger" else getattr(torch.optim, self.name)
         defaults = {

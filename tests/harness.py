@@ -202,12 +202,12 @@ _traces: dict[Any, list[Snapshot]] = {}
 def _oracle_trace(case: Case, scenario: Scenario, dtype: torch.dtype) -> list[Snapshot]:
     built = Built(scenario, case, dtype, contiguous=True)
     low = dtype in (torch.bfloat16, torch.float16)
-    oracle = oracles.LowPrecision(case.oracle, built.groups) if low else case.oracle(built.groups)
+    oracle = (case.low_precision_oracle if low else case.oracle)(built.groups)
     result = []
     for step in range(scenario.steps):
         built.set_grads(step)
         oracle.step()
-        states = [oracle.state.get(p, {}) if low else oracles.states_of(oracle, p) for p in built.order]
+        states = [oracles.states_of(oracle, p) for p in built.order]
         result.append(snapshot(built.order, states))
     return result
 

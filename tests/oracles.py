@@ -71,9 +71,12 @@ class Lookahead:
     def __init__(self, inner: Any, k: int = 5, alpha: float = 0.5) -> None:
         self.inner, self.k, self.alpha = inner, k, alpha
         self.param_groups = inner.param_groups
-        self.state = inner.state
         self.slow: dict[Tensor, Tensor] = {}
         self.steps: list[int] = []
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
 
     def step(self) -> None:
         self.steps += [0] * (len(self.param_groups) - len(self.steps))
@@ -86,7 +89,9 @@ class Lookahead:
             if self.steps[i] % group.get("lookahead_k", self.k) == 0:
                 with torch.no_grad():
                     for p in group["params"]:
-                        self.slow[p].lerp_(p, group.get("lookahead_alpha", self.alpha))
+                        wide = p if p.dtype == torch.float64 else p.float()
+                        alpha = group.get("lookahead_alpha", self.alpha)
+                        self.slow[p].copy_(self.slow[p].to(wide.dtype).lerp(wide, alpha))
                         p.copy_(self.slow[p])
 
 
@@ -172,6 +177,7 @@ class LowPrecision:
 
     def step(self) -> None:
         for p, shadow in self.pairs:
+            shadow.data.copy_(p.data)
             shadow.grad = None if p.grad is None else p.grad.float()
         self.inner.step()
         self._round()

@@ -10,11 +10,10 @@ the bases, it needs no constructor in the class itself::
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +27,33 @@ if TYPE_CHECKING:
     _Base = Optimizer
 else:
     _Base = object
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+_untraced: list[list[Callable[..., Any]]] = []
+
+
+def untraced(method: Method) -> Method:
+    """A method that torch.compile runs as it is instead of tracing it.
+
+    ``torch.compiler.disable`` imports dynamo, which takes a second; so it is applied by `hide` when the first optimizer
+    is made (torch's own constructor imports dynamo then).
+    """
+    cell: list[Callable[..., Any]] = [method]
+    _untraced.append(cell)
+
+    @wraps(method)
+    def call(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        return cell[0](self, closure)
+
+    return cast(Method, call)
+
+
+def hide() -> None:
+    """Apply what `untraced` promises."""
+    while _untraced:
+        cell = _untraced.pop()
+        cell[0] = torch.compiler.disable(cell[0])  # type: ignore[no-untyped-call]
 
 
 class Fused(_Base):
@@ -51,6 +77,7 @@ class Fused(_Base):
         if backend is not None and (reason := backends.why_not(backends.checked(backend))):
             raise RuntimeError(f"backend={backend!r} was asked for, but {reason}")
         self._backend = backend
+        hide()
         super().__init__(*args, **kwargs)
 
     @property
@@ -58,15 +85,25 @@ class Fused(_Base):
         """The backend that was asked for; None: chosen automatically."""
         return self._backend
 
+    @untraced
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
         Args:
             closure: Reevaluates the model and returns the loss.
         """
-        # Only where dynamo was imported can a caller be compiled; there the step must stay out of its sight.
-        run = _hidden() if "torch._dynamo" in sys.modules else _run
-        return run(self, closure)
+        if "capturable" in self.defaults:
+            _check_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        drive = vars(self).get("_drive")
+        if drive is None:
+            self.engine().step(self, amp=self)
+        else:  # a wrapper that appends its own stage to ours (lookahead.py)
+            drive()
+        return loss
 
     def engine(self) -> Engine:
         """The engine of this optimizer, made on first use and again after unpickling."""
@@ -103,30 +140,15 @@ class Fused(_Base):
         loaded = self.__dict__.pop("_loaded", None)
         if loaded is not None:
             state = state | {"state": _faithful(self.rule, state, loaded)}
+        hide()
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
 
 
-def _run(self: Fused, closure: Callable[[], Any] | None) -> Any:
-    check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-    if "capturable" in self.defaults:
-        check()
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
-    drive = vars(self).get("_drive")
-    if drive is None:
-        self.engine().step(self, amp=self)
-    else:  # a wrapper that appends its own stage to ours (lookahead.py)
-        drive()
-    return loss
-
-
-@cache
-def _hidden() -> Callable[[Fused, Callable[[], Any] | None], Any]:
-    disabled: Callable[[Fused, Callable[[], Any] | None], Any] = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
-    return disabled
+def _check_capture(optimizer: Any) -> None:
+    """torch's own check of CUDA graph capture, under the name it has in this version."""
+    name = "_accelerator_graph_capture_health_check"
+    getattr(optimizer, name if hasattr(optimizer, name) else "_cuda_graph_capture_health_check")()
 
 
 def torch_step(optimizer: Fused) -> Callable[[Optimizer], object] | None:

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from fastopt.chain import Stage
 from fastopt.engine import Engine, pull_back
-from fastopt.optimizers.base import Fused, torch_step
+from fastopt.optimizers.base import Fused, hide, torch_step, untraced
 from fastopt.optimizers.slow import SlowWeights, check_slow
 from fastopt.rule import Hyper, Rule, Slot, copy_of
 
+_OUR_STEP = inspect.unwrap(Fused.step)
 K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", "slow_param"
 
 
@@ -100,6 +101,7 @@ class Lookahead(SlowWeights, Optimizer):
         self._defaults = {K: k, ALPHA: alpha}
         for group in optimizer.param_groups:
             self._complete(group)
+        hide()
         super().__setstate__({})  # hooks and the profiled step, without a second set of groups
 
     @property
@@ -131,7 +133,7 @@ class Lookahead(SlowWeights, Optimizer):
     def fuses(self) -> bool:
         """Whether the inner optimizer is one of ours, with its step as we wrote it and no slow weights of its own."""
         inner = self.optimizer
-        return isinstance(inner, Fused) and inspect.unwrap(type(inner).step) is Fused.step and inner.rule.slow is None
+        return isinstance(inner, Fused) and inspect.unwrap(type(inner).step) is _OUR_STEP and inner.rule.slow is None
 
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault(K, self._defaults[K])
@@ -147,6 +149,7 @@ class Lookahead(SlowWeights, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
+    @untraced
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single step of the inner optimizer; every k-th one ends at the slow weights.
 
@@ -245,6 +248,7 @@ class Lookahead(SlowWeights, Optimizer):
         return {"optimizer": self.optimizer, "_defaults": self._defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        hide()
         super().__setstate__(state)
 
     def __repr__(self) -> str:

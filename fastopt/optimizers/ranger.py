@@ -160,6 +160,14 @@ class Ranger(Fused, SlowWeights, Optimizer):
         _check(defaults)
         super().__init__(params, defaults, backend=backend)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state.get("param_groups", []):  # a checkpoint of the original lacks our keys and misspells one
+            if "N_sma_threshhold" in group:
+                group["n_sma_threshold"] = group.pop("N_sma_threshhold")
+            for key, value in (state.get("defaults") or self.defaults).items():
+                group.setdefault(key, value)
+        super().__setstate__(state)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "N_sma_threshhold" in param_group:
             param_group = dict(param_group)
