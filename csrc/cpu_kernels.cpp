@@ -13,16 +13,6 @@
 namespace fastopt {
 namespace {
 
-// Elements between prefetches, and how far ahead they reach (measured best on one 50M-element tensor; see
-// docs/numbers.md for why this cannot change a result).
-constexpr int64_t block = 256;
-constexpr int64_t ahead = 512 / 4;
-
-template <class T>
-inline void prefetch(const T* stream, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(stream + ahead + i, 1, 3);
-}
-
 template <class Chain, class T>
 void update(const Run<T>& run) {
   constexpr int S = Chain::slots, C = Chain::coefficients;
@@ -35,22 +25,15 @@ void update(const Run<T>& run) {
   for (int k = 0; k < C; ++k) c[k] = run.row[k];
   const T shift = run.shift;
 
-  for (int64_t i = 0; i < run.n; i += block) {
-    const int64_t m = run.n - i < block ? run.n - i : block;
-    if (m == block) {
-      prefetch(p + i, m);
-      prefetch(g + i, m);
-      for (int k = 0; k < S; ++k) prefetch(s[k] + i, m);
-    }
-    // Streams never overlap except element by element (the plan sends overlapping parameters elsewhere).
+  // Streams never overlap except element by element (the plan sends overlapping parameters elsewhere). No software
+  // prefetch: the hardware's follows up to six streams by itself, and every distance tried made it slower or no faster.
 #pragma GCC ivdep
-    for (int64_t j = i; j < i + m; ++j) {
-      T x = p[j], d = g[j] - shift, v[S + 1];
-      for (int k = 0; k < S; ++k) v[k] = s[k][j];
-      Chain::apply(x, d, v, c);
-      p[j] = x;
-      for (int k = 0; k < S; ++k) s[k][j] = v[k];
-    }
+  for (int64_t j = 0; j < run.n; ++j) {
+    T x = p[j], d = g[j] - shift, v[S + 1];
+    for (int k = 0; k < S; ++k) v[k] = s[k][j];
+    Chain::apply(x, d, v, c);
+    p[j] = x;
+    for (int k = 0; k < S; ++k) s[k][j] = v[k];
   }
 }
 

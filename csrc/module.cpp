@@ -1,6 +1,10 @@
 // fastopt._C: the Python face of the extension, and the only unit that includes torch's Python headers (27 s).
 #include <torch/csrc/autograd/python_variable.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "plan.h"
 
 namespace fastopt {
@@ -41,12 +45,22 @@ void collectable(PyHeapTypeObject* heap_type) {
   };
 }
 
+// Asks the kernel to back memory with huge pages, before it is first touched. Only advice: a refusal changes nothing.
+void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   // Read from the file before it is loaded (fastopt/backends/native.py).
   static const char stamp[] = "fastopt built for torch " FASTOPT_TORCH_VERSION;
   m.attr("torch_version") = std::string(stamp).substr(sizeof "fastopt built for torch " - 1);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("chain_names", &fastopt::chain_names);
   m.def("instruction_set", [] { return fastopt::instruction_set().name; });
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
@@ -63,6 +77,5 @@ PYBIND11_MODULE(_C, m) {
              return translated([&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()); }) ==
                     fastopt::Verdict::ready;
            })
-      .def("launch", &Plan::launch)
-      .def("items", &Plan::items);
+      .def("launch", &Plan::launch);
 }

@@ -10,8 +10,9 @@
 namespace fastopt {
 namespace {
 
-constexpr size_t most_rows = 4096;    // rows and settings kept before the memo starts afresh
-constexpr size_t far = 12, near = 6;  // how many entries ahead cache lines are asked for: addresses, then contents
+constexpr size_t most_rows = 64;       // rows in a generation of the memo, unless one step needs more
+constexpr size_t most_settings = 512;  // remembered before they are looked up afresh
+constexpr size_t far = 12, near = 6;   // how many entries ahead cache lines are asked for: addresses, then contents
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 PyObject* interned(const char* text) {
@@ -170,7 +171,11 @@ int Plan::traverse(visitproc visit, void* arg) const {
     for (const Ref& ref : list) Py_VISIT(ref.get());
     return 0;
   };
-  for (const Row& row : rows_) Py_VISIT(row.setting.get());
+  int found = 0;
+  const auto see = [&](PyObject* setting) { found = found || !setting ? found : visit(setting, arg); };
+  memo_.visit_settings(see);
+  older_.visit_settings(see);
+  if (found) return found;
   for (const Entry& entry : entries_) Py_VISIT(entry.param.get());
   Py_VISIT(intern_.get());
   Py_VISIT(settings_.get());
@@ -190,10 +195,9 @@ void Plan::clear() {
   items_.clear();
   active_.clear();
   states_.clear();
-  memo_.clear();
   // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
   const auto entries = std::exchange(entries_, {});
-  const auto rows = std::exchange(rows_, {});
+  const auto memo = std::exchange(memo_, {}), older = std::exchange(older_, {});
   const auto groups = std::exchange(groups_, {});
   const auto walk = std::exchange(walk_, {});
 }
@@ -446,23 +450,56 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
   built_ = true;
 }
 
-// Keeps the memo of rows and settings bounded under schedulers that never repeat a value.
+// Keeps the memos bounded: rows of past steps, and settings under a scheduler that never repeats a value.
 void Plan::trim() {
-  if (rows_.size() > most_rows || memo_.size() > most_rows) {
-    memo_.clear();
-    rows_.clear();
-    for (Group& group : groups_) group.last_row = nullptr;
-  }
-  if (static_cast<size_t>(PyDict_GET_SIZE(settings_.get())) > most_rows) {
-    // Rows are keyed by the address of a setting, so both memos go together.
-    memo_.clear();
-    rows_.clear();
-    for (Group& group : groups_) group.last_row = nullptr;
-    PyDict_Clear(settings_.get());
-  }
+  const bool settings_full = static_cast<size_t>(PyDict_GET_SIZE(settings_.get())) > most_settings;
+  if (settings_full) PyDict_Clear(settings_.get());
+  if (memo_.size() < most_rows) return;
+  std::swap(memo_, older_);
+  memo_.clear();
+  for (Group& group : groups_) group.last_row = nullptr;
 }
 
-const Plan::Row* Plan::compute_row(const RowKey& key) {
+size_t Plan::Memo::slot(const RowKey& key) const {
+  uint64_t h = reinterpret_cast<uint64_t>(key.setting) >> 4;
+  uint64_t t, carry;
+  std::memcpy(&t, &key.t, sizeof t);
+  std::memcpy(&carry, &key.carry, sizeof carry);
+  h = (h ^ t) * 0x9E3779B97F4A7C15u;
+  h = (h ^ carry ^ (h >> 29)) * 0xBF58476D1CE4E5B9u + key.single * 2 + key.sync;
+  size_t i = (h ^ (h >> 32)) & (table_.size() - 1);
+  while (table_[i] >= 0 && !(rows_[table_[i]].first == key)) i = (i + 1) & (table_.size() - 1);
+  return i;
+}
+
+const Plan::Row* Plan::Memo::find(const RowKey& key) const {
+  if (used_ == 0) return nullptr;
+  const int32_t at = table_[slot(key)];
+  return at < 0 ? nullptr : &rows_[at].second;
+}
+
+Plan::Row& Plan::Memo::insert(const RowKey& key) {
+  if (table_.size() < 4 * (used_ + 1)) {
+    table_.assign(std::max<size_t>(256, table_.size() * 4), -1);
+    for (size_t i = 0; i < used_; ++i) table_[slot(rows_[i].first)] = static_cast<int32_t>(i);
+  }
+  const size_t i = slot(key);
+  if (used_ == rows_.size()) rows_.emplace_back();
+  rows_[used_].first = key;
+  table_[i] = static_cast<int32_t>(used_);
+  return rows_[used_++].second;
+}
+
+void Plan::Memo::clear() {
+  std::fill(table_.begin(), table_.end(), -1);
+  used_ = 0;
+}
+
+void Plan::Memo::visit_settings(const std::function<void(PyObject*)>& visit) const {
+  for (const auto& [key, row] : rows_) visit(row.setting.get());
+}
+
+void Plan::compute_row(const RowKey& key, Row& row) {
   Ref t = Ref::steal(PyFloat_FromDouble(key.t)), carry = Ref::steal(PyFloat_FromDouble(key.carry));
   Ref result =
       Ref::steal(PyObject_CallMethodObjArgs(key.setting, names().row, t.get(), carry.get(),
@@ -474,7 +511,6 @@ const Plan::Row* Plan::compute_row(const RowKey& key) {
     throw PythonError{};
   const Py_ssize_t n = PyTuple_GET_SIZE(values);
   if (n > max_coefficients) throw std::invalid_argument("fastopt: too many coefficients");
-  Row& row = rows_.emplace_back();
   row.setting = Ref(key.setting);
   for (Py_ssize_t i = 0; i < n; ++i) {
     row.f64[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(values, i));
@@ -485,13 +521,19 @@ const Plan::Row* Plan::compute_row(const RowKey& key) {
   row.chain = static_cast<int16_t>(chain);
   row.first_slot = static_cast<int8_t>(first_slot);
   row.slots = static_cast<int8_t>(slots);
-  return &row;
 }
 
 const Plan::Row* Plan::row_for(Group& group, const RowKey& key) {
   if (group.last_row && group.last_key == key) return group.last_row;
-  auto found = memo_.find(key);
-  const Row* row = found != memo_.end() ? found->second : (memo_[key] = compute_row(key));
+  const Row* row = memo_.find(key);
+  if (!row) row = older_.find(key);
+  if (!row) {
+    Row fresh{};
+    compute_row(key, fresh);  // may raise, and then leaves nothing behind
+    Row& kept = memo_.insert(key);
+    kept = std::move(fresh);
+    row = &kept;
+  }
   group.last_key = key;
   group.last_row = row;
   return row;

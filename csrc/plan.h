@@ -11,8 +11,9 @@
 #include <c10/core/TensorImpl.h>
 
 #include <deque>
+#include <functional>
 #include <memory>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cpu_driver.h"
@@ -65,7 +66,6 @@ class Plan {
   Verdict gather(PyObject* groups, PyObject* state, PyObject* sync);
   void launch();
 
-  int64_t items() const { return static_cast<int64_t>(items_.size()); }
   int traverse(visitproc visit, void* arg) const;
   void clear();
 
@@ -130,12 +130,21 @@ class Plan {
              sync == other.sync;
     }
   };
-  struct RowHash {
-    size_t operator()(const RowKey& key) const {
-      size_t h = reinterpret_cast<size_t>(key.setting) ^ (std::hash<double>{}(key.t) * 31) ^
-                 (std::hash<double>{}(key.carry) * 131);
-      return h * 4 + key.single * 2 + key.sync;
-    }
+  // Coefficient rows by key, in storage that is reused and never moves, so that the steady state allocates nothing.
+  class Memo {
+   public:
+    const Row* find(const RowKey& key) const;
+    Row& insert(const RowKey& key);
+    size_t size() const { return used_; }
+    void clear();
+    void visit_settings(const std::function<void(PyObject*)>& visit) const;
+
+   private:
+    size_t slot(const RowKey& key) const;
+
+    std::deque<std::pair<RowKey, Row>> rows_;
+    std::vector<int32_t> table_;  // open addressing, a power of two; -1: empty
+    size_t used_ = 0;
   };
   struct Group {
     Ref dict;
@@ -173,7 +182,7 @@ class Plan {
   static bool unchanged(PyObject* tensor, const Memory& memory);
   bool add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, bool sync);
   const Row* row_for(Group& group, const RowKey& key);
-  const Row* compute_row(const RowKey& key);
+  void compute_row(const RowKey& key, Row& row);
   void trim();
 
   std::vector<Ref> hyper_, counter_keys_, ignored_;
@@ -181,10 +190,9 @@ class Plan {
   Ref settings_;  // dict: tuple of hyper-parameter values -> setting
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<Ref> walk_;          // what a walk through optimizer.state must yield, flattened
-  std::vector<PyObject*> states_;  // the dicts among them that are walked
-  std::unordered_map<RowKey, const Row*, RowHash> memo_;
-  std::deque<Row> rows_;
+  std::vector<Ref> walk_;                      // what a walk through optimizer.state must yield, flattened
+  std::vector<PyObject*> states_;              // the dicts among them that are walked
+  Memo memo_, older_;                          // two generations: what a step needs again soon is in one of them
   std::vector<const c10::TensorImpl*> grads_;  // of one group, found ahead of their use
   std::vector<Active> active_;
   std::vector<Item> items_;

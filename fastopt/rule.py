@@ -15,10 +15,9 @@ from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastopt import stages
+from fastopt import memory, stages
 from fastopt.chain import Chain, Stage
 
 Hyper = Any
@@ -29,11 +28,11 @@ FLAGS = ("capturable", "differentiable", "fused", "maximize", "weight_decay")
 
 
 def zeros(p: Tensor, h: Hyper) -> Tensor:
-    return torch.zeros_like(p, memory_format=torch.preserve_format)
+    return memory.zeros_like(p)
 
 
 def copy_of(p: Tensor, h: Hyper) -> Tensor:
-    return p.detach().clone(memory_format=torch.preserve_format)
+    return memory.copy_of(p)
 
 
 @dataclass(frozen=True)

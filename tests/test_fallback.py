@@ -68,7 +68,7 @@ def test_sparse_gradients_beside_dense_ones(case: Case, dtype: torch.dtype, back
     def grads(params: list[Any], step: int) -> None:
         params[0].grad = wave((7,), step)
         rows = torch.tensor([[step % 5, 3, 3]])
-        params[1].grad = torch.sparse_coo_tensor(rows, wave((3, 4), step), (5, 4))
+        params[1].grad = torch.sparse_coo_tensor(rows, wave((3, 4), step), (5, 4), check_invariants=True)
         params[2].grad = wave((3, 3), step)
 
     def make() -> list[Any]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
+import digests
 import oracles
 import pytest
 import torch
 from cases import CASES, DTYPES, PLAIN, Case, backends, by_id, parametrize
 from harness import Built, Scenario, Spec, assert_same, check, difference, signature_has, trace
+
+import fastopt
 
 S = Spec
 SIZES = Scenario(
@@ -255,6 +263,38 @@ def test_lr_zero_and_zero_gradients_leave_parameters_untouched(case: Case, dtype
         p.grad = torch.zeros_like(p)
         optimizer.step()
     assert torch.equal(p.detach(), before)
+
+
+@parametrize(by_id("sgd-momentum", "adam-everything", "ranger"), ("fp32",))
+def test_tensors_large_enough_for_huge_pages(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """State of 9 MB takes another path through the allocator, in whatever layout."""
+    check(case, Scenario("huge", (Spec((1500, 1500), "transposed", "contiguous"),), steps=3), dtype, backend, threads=2)
+
+
+@functools.cache
+def _digests_in_this_process() -> dict[str, str]:
+    return digests.digests()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("backend", backends(["native"]))
+def test_instruction_sets_agree(isa: str, backend: str) -> None:
+    """Every compiled width gives the bits of the widest, which the rest of this file holds to the oracle."""
+    root = pathlib.Path(fastopt.__file__).resolve().parents[1]
+    result = subprocess.run(
+        [sys.executable, str(pathlib.Path(digests.__file__))],
+        env={**os.environ, "FASTOPT_ISA": isa, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "FASTOPT_ISA" in result.stderr:
+        pytest.skip(result.stderr.strip().splitlines()[-1])
+    assert result.returncode == 0, result.stderr
+    got = dict(line.split() for line in result.stdout.splitlines())
+    want = _digests_in_this_process()
+    assert got.keys() == want.keys()
+    assert not [key for key in want if got[key] != want[key]]
 
 
 def test_backend_none_gives_the_same_numbers() -> None:

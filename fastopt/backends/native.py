@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastopt.chain import Chain
 
@@ -70,6 +71,13 @@ def chain_index(chain: Chain) -> int:
         raise RuntimeError(
             f"the chain {chain.name} is not compiled into fastopt._C: add its rule to csrc/chains.h and rebuild"
         ) from None
+
+
+def advise_huge_pages(t: Tensor) -> None:
+    """Ask for huge pages behind a tensor that was allocated but not yet written to."""
+    module = extension()
+    if module is not None and t.layout == torch.strided:
+        module.advise_huge_pages(t.data_ptr(), t.untyped_storage().nbytes())
 
 
 def make_plan(hyper: tuple[str, ...], counters: tuple[str, ...], ignored: tuple[str, ...], intern: Any) -> Any:

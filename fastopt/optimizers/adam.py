@@ -38,8 +38,8 @@ class Adam(Fused, torch.optim.Adam):
         p &\leftarrow p - \frac{\gamma}{1-\beta_1^t}\, m \,\Big/ \Big(\sqrt{v}\,/\sqrt{1-\beta_2^t} + \epsilon\Big)
 
     with :math:`g \leftarrow g + \lambda p` first when ``weight_decay`` is set, or
-    :math:`p \leftarrow (1-\gamma\lambda) p` with ``decoupled_weight_decay=True``. AMSGrad divides by the running maximum
-    of the raw v; the paper has no bias correction and no eps, and other libraries take the maximum after the correction.
+    :math:`p \leftarrow (1-\gamma\lambda) p` with ``decoupled_weight_decay=True``. AMSGrad divides by the running
+    maximum of the raw v; the paper has no bias correction and no eps, and other libraries correct before the maximum.
 
     Same signature, numbers, state and checkpoints as ``torch.optim.Adam``.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastopt import backends
+from fastopt import backends, memory
 from fastopt.engine import Engine
 from fastopt.rule import Rule, Settings
 
@@ -185,7 +185,7 @@ def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defa
                         f"has {tuple(p.shape)}: load a state that was saved for this model"
                     )
                 device = result[p][key].device if key in rule.counters else p.device
-                result[p][key] = value.detach().to(device=device, copy=True)
+                result[p][key] = memory.copy_of(value, device)
     return result
 
 

@@ -52,7 +52,7 @@ class Lookahead(SlowWeights, Optimizer):
     r"""k steps of any optimizer, then one step of slow weights towards where it arrived; it restarts there.
 
     .. math::
-        \phi \leftarrow \phi + \alpha\,(\theta_k - \phi), \quad \theta \leftarrow \phi \quad \text{every } k \text{ steps}
+        \phi \leftarrow \phi + \alpha\,(\theta_k - \phi), \quad \theta \leftarrow \phi \; \text{every } k \text{ steps}
 
     The paper's semantics: the slow weights φ start as the parameters before the first step and the first pull-back is
     at step k. (Several wrappers start them after the first inner step or at the first synchronisation, which delays

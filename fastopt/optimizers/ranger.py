@@ -56,7 +56,7 @@ class RangerRule(RAdamRule):
         return float(h.alpha)
 
     def synchronises(self, h: Hyper, t: float, asked: bool) -> bool:
-        return t % h.k == 0
+        return bool(t % h.k == 0)
 
     def rows(self, h: Hyper, p: Tensor) -> int:
         return p.shape[0] if h.use_gc and p.numel() and p.dim() > (3 if h.gc_conv_only else 1) else 0

@@ -1,0 +1,31 @@
+# The compiled extension; see csrc/module.cpp.
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+torch_version: str
+
+def advise_huge_pages(address: int, nbytes: int, /) -> None: ...
+def chain_names() -> list[str]: ...
+def instruction_set() -> str: ...
+
+class Plan:
+    def __init__(
+        self,
+        hyper: Sequence[str],
+        counters: Sequence[str],
+        ignored: Sequence[str],
+        intern: Callable[[Mapping[str, Any]], object],
+        /,
+    ) -> None: ...
+    def build(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Any],
+        native: Sequence[Sequence[bool]],
+        rows: Sequence[Sequence[int]],
+        fresh: Sequence[Sequence[bool]],
+        /,
+    ) -> None: ...
+    def gather(self, groups: list[Any], state: dict[Any, Any], sync: list[bool] | None, /) -> bool: ...
+    def launch(self) -> None: ...
