@@ -221,6 +221,18 @@ int64_t snap(const Item& item, int64_t at) {
   return std::min(item.n, (at + unit - 1) / unit * unit);
 }
 
+// The hardware notices a stream only after some lines, which is all there is of a small tensor.
+void prefetch_head(const Item& item) {
+  constexpr int64_t bytes = 256;
+  const auto head = [&](const void* data, Dtype dtype) {
+    const int64_t n = std::min(bytes, item.n * size_of(dtype));
+    for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+  };
+  head(item.p, item.p_dtype);
+  head(item.g, item.g_dtype);
+  for (int k = 0; k < item.slots; ++k) head(item.s[k], item.s_dtype[k]);
+}
+
 }  // namespace
 
 const InstructionSet& instruction_set() {
@@ -229,6 +241,10 @@ const InstructionSet& instruction_set() {
 }
 
 std::vector<std::string> chain_names() { return names(Chains{}); }
+
+void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
+}
 
 void CpuDriver::run(const std::vector<Item>& items) {
   begins_.clear();
@@ -245,6 +261,7 @@ void CpuDriver::run(const std::vector<Item>& items) {
       const int64_t first = snap(item, std::max<int64_t>(0, begin - begins_[i]));
       const int64_t last = snap(item, std::min(item.n, end - begins_[i]));
       if (first >= last) continue;
+      if (i + 2 < items.size()) prefetch_head(items[i + 2]);
       if (item.wide)
         run_item<double>(item, first, last);
       else

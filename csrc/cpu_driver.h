@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,9 @@ struct Item {
 const InstructionSet& instruction_set();
 
 std::vector<std::string> chain_names();
+
+// Calls f on parts of [0, n) on torch's threads; parts are at least `grain` long.
+void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
 class CpuDriver {
  public:

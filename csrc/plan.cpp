@@ -10,9 +10,10 @@
 namespace fastopt {
 namespace {
 
-constexpr size_t most_rows = 64;       // rows in a generation of the memo, unless one step needs more
-constexpr size_t most_settings = 512;  // remembered before they are looked up afresh
-constexpr size_t far = 12, near = 6;   // how many entries ahead cache lines are asked for: addresses, then contents
+constexpr size_t most_rows = 64;        // rows in a generation of the memo, unless one step needs more
+constexpr size_t most_settings = 512;   // remembered before they are looked up afresh
+constexpr int64_t examine_grain = 200;  // tensors worth a thread of their own
+constexpr size_t far = 32, near = 16;   // how many entries ahead cache lines are asked for: addresses, then contents
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 PyObject* interned(const char* text) {
@@ -28,6 +29,18 @@ struct Names {
 const Names& names() {
   static const Names instance;
   return instance;
+}
+
+// A number that changes whenever a dict does, so that an unchanged one need not be walked; 0 where there is none.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
 }
 
 std::vector<Ref> sequence(PyObject* object) {
@@ -116,7 +129,17 @@ const c10::TensorImpl* grad_of(const c10::TensorImpl* impl) {
 Plan::Memory Plan::memory_of(PyObject* tensor) {
   c10::TensorImpl* impl = impl_of(tensor);
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  return {impl, storage, storage->data(), impl->storage_offset(), data_of(impl), impl->dtype(), impl->is_contiguous()};
+  // The counter itself is private; only a prefetch takes its address, and any address will do for that.
+  const void* version;
+  std::memcpy(&version, static_cast<const void*>(&impl->version_counter()), sizeof version);
+  return {impl,
+          storage,
+          version,
+          storage->data(),
+          impl->storage_offset(),
+          data_of(impl),
+          impl->dtype(),
+          impl->is_contiguous()};
 }
 
 // Whether a tensor object still leads to the same memory in the same layout, as far as that shows without strides. The
@@ -179,7 +202,8 @@ int Plan::traverse(visitproc visit, void* arg) const {
   for (const Entry& entry : entries_) Py_VISIT(entry.param.get());
   Py_VISIT(intern_.get());
   Py_VISIT(settings_.get());
-  if (int result = refs(walk_)) return result;
+  if (int result = refs(outer_)) return result;
+  if (int result = refs(inner_)) return result;
   for (const Group& group : groups_) {
     Py_VISIT(group.dict.get());
     Py_VISIT(group.params.get());
@@ -199,7 +223,7 @@ void Plan::clear() {
   const auto entries = std::exchange(entries_, {});
   const auto memo = std::exchange(memo_, {}), older = std::exchange(older_, {});
   const auto groups = std::exchange(groups_, {});
-  const auto walk = std::exchange(walk_, {});
+  const auto outer = std::exchange(outer_, {}), inner = std::exchange(inner_, {});
 }
 
 // The setting of a group: looked up by the values of its hyper-parameters when all are immutable numbers, else asked of
@@ -234,9 +258,22 @@ void Plan::record_group(Group& group, PyObject* dict) {
   }
 }
 
+// Whether the list of parameters is as it was; a list has no version, so each is compared.
+bool Plan::check_params(const Group& group) const {
+  PyObject* params = group.params.get();
+  if (!PyList_CheckExact(params) && !PyTuple_CheckExact(params)) return false;
+  if (static_cast<size_t>(Py_SIZE(params)) != group.count) return false;
+  PyObject** objects = PySequence_Fast_ITEMS(params);
+  for (size_t i = 0; i < group.count; ++i)
+    if (objects[i] != entries_[group.first + i].param.get()) return false;
+  return true;
+}
+
 // Whether the group still has the structure the plan was built for; refreshes its setting when a value changed.
 bool Plan::check_group(Group& group, PyObject* dict) {
   if (dict != group.dict.get()) return false;
+  const uint64_t version = version_of(dict);
+  if (group.immutable && version != 0 && version == group.version) return check_params(group);
   bool same = group.immutable && static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 == group.items.size();
   PyObject *key, *value, *params = nullptr;
   Py_ssize_t at = 0;
@@ -247,11 +284,8 @@ bool Plan::check_group(Group& group, PyObject* dict) {
   }
   if (!params) params = PyDict_GetItemWithError(dict, names().params);
   if (!params || params != group.params.get()) return false;
-  if (!PyList_CheckExact(params) && !PyTuple_CheckExact(params)) return false;
-  if (static_cast<size_t>(Py_SIZE(params)) != group.count) return false;
-  PyObject** objects = PySequence_Fast_ITEMS(params);
-  for (size_t i = 0; i < group.count; ++i)
-    if (objects[i] != entries_[group.first + i].param.get()) return false;
+  if (!check_params(group)) return false;
+  group.version = version;
   if (same) return true;
 
   group.setting = setting_of(dict, &group.immutable);
@@ -262,30 +296,31 @@ bool Plan::check_group(Group& group, PyObject* dict) {
   return true;
 }
 
-// Walks optimizer.state and every state the plan knows, in order, comparing identities.
-bool Plan::check_state(PyObject* state) const {
-  size_t i = 0, seen = 0;
-  PyObject *param, *value;
+// Whether a dict still yields these keys and values, by identity, in this order.
+bool Plan::check_pairs(PyObject* dict, const Ref* pairs, size_t count) const {
+  if (static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 != count) return false;
+  PyObject *key, *value;
   Py_ssize_t at = 0;
-  while (PyDict_Next(state, &at, &param, &value)) {
-    if (seen + far < states_.size()) __builtin_prefetch(states_[seen + far]);
-    if (seen + near < states_.size())
-      __builtin_prefetch(reinterpret_cast<PyDictObject*>(states_[seen + near])->ma_keys);
-    if (i + 3 > walk_.size() || walk_[i].get() != param || walk_[i + 1].get() != value) return false;
-    const bool deep = static_cast<bool>(walk_[i + 2]);
-    i += 3;
-    if (!deep) continue;
-    ++seen;
-    PyObject *key, *tensor;
-    Py_ssize_t inner = 0;
-    while (PyDict_Next(value, &inner, &key, &tensor)) {
-      if (i + 2 > walk_.size() || walk_[i].get() != key || walk_[i + 1].get() != tensor) return false;
-      i += 2;
-    }
-    if (i >= walk_.size() || walk_[i]) return false;  // a null reference ends each state
-    ++i;
+  for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2)
+    if (pairs[i].get() != key || pairs[i + 1].get() != value) return false;
+  return true;
+}
+
+// Whether optimizer.state, and every state that the kernels use, holds the objects it held.
+bool Plan::check_state(PyObject* state) {
+  if (const uint64_t version = version_of(state); version == 0 || version != state_version_) {
+    if (!check_pairs(state, outer_.data(), outer_.size())) return false;
+    state_version_ = version;
   }
-  return i == walk_.size();
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (i + far < states_.size()) __builtin_prefetch(states_[i + far].dict);
+    State& own = states_[i];
+    const uint64_t version = version_of(own.dict);
+    if (version != 0 && version == own.version) continue;
+    if (!check_pairs(own.dict, inner_.data() + own.first, own.count)) return false;
+    own.version = version;
+  }
+  return true;
 }
 
 // Whether the memory behind p, its states and its counters is still the memory the plan recorded.
@@ -372,10 +407,7 @@ void Plan::lay_out(Entry& entry) {
   entry.rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
   if (flat && entry.rows_contiguous) return;
   if (sizes.size() > static_cast<size_t>(max_dims)) throw std::invalid_argument("fastopt: too many dimensions");
-  entry.layout = std::make_unique<Layout>();
-  entry.layout->sizes = sizes.vec();
-  entry.layout->strides[0] = strides.vec();
-  for (int k = 0; k < entry.slot_count; ++k) entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
+  layout_with(entry, strides);
 }
 
 void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
@@ -434,19 +466,18 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
   PyObject *param, *value, *key, *tensor;
   Py_ssize_t at = 0;
   while (PyDict_Next(state, &at, &param, &value)) {
-    const bool walk = deep.count(param) && deep[param] && PyDict_Check(value);
-    walk_.emplace_back(param);
-    walk_.emplace_back(value);
-    walk_.emplace_back(walk ? Py_True : nullptr);
-    if (!walk) continue;
-    states_.push_back(value);
+    outer_.emplace_back(param);
+    outer_.emplace_back(value);
+    if (!deep.count(param) || !deep[param] || !PyDict_Check(value)) continue;
+    const size_t first = inner_.size();
     Py_ssize_t inner = 0;
     while (PyDict_Next(value, &inner, &key, &tensor)) {
-      walk_.emplace_back(key);
-      walk_.emplace_back(tensor);
+      inner_.emplace_back(key);
+      inner_.emplace_back(tensor);
     }
-    walk_.emplace_back();
+    states_.push_back({value, version_of(value), first, inner_.size() - first});
   }
+  state_version_ = version_of(state);
   built_ = true;
 }
 
@@ -539,57 +570,48 @@ const Plan::Row* Plan::row_for(Group& group, const RowKey& key) {
   return row;
 }
 
-bool Plan::add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, bool sync) {
-  Dtype g_dtype = entry.dtype;
-  bool flat = !entry.layout, same_dtype = entry.one_dtype;
-  if (grad) {
-    if (!is_plain(grad) || !dtype_of(grad, &g_dtype) || grad->sizes() != entry.memory.impl->sizes()) return false;
-    if (!(entry.memory.contiguous && grad->is_contiguous())) flat = flat && same_strides(entry.memory.impl, grad);
-    same_dtype = same_dtype && g_dtype == entry.dtype;
-  }
+void Plan::add_item(Entry& entry, Group& group, const Found& found, bool sync) {
+  const bool stepped = found.grad != nullptr;
   RowKey key{group.setting.get(), 0, 0, true, sync};
-  if (grad) {
-    // A rule without a counter knows its first step by the state that was just created for it.
-    key.t = entry.counter_count > 0 ? read(entry.counters[0]) + 1 : entry.fresh ? 1 : 2;
-    if (entry.counter_count > 1) {
-      key.carry = read(entry.counters[1]);
-      key.single = entry.counters[1].kind == CounterKind::f32;
-    }
+  if (stepped) {
+    key.t = found.t;
+    key.carry = found.carry;
+    key.single = entry.counter_count < 2 || entry.counters[1].kind == CounterKind::f32;
   }
   const Row* row = row_for(group, key);
+  const bool flat = stepped ? found.flat : !entry.layout;
   Item& item = items_.emplace_back();
   item.p = entry.memory.data;
-  item.g = grad ? grad->data() : entry.memory.data;
+  item.g = stepped ? found.data : entry.memory.data;
   item.wide = entry.dtype == Dtype::f64;
   item.row = item.wide ? static_cast<const void*>(row->f64) : row->f32;
   item.n = entry.n;
-  item.rows = grad ? entry.rows : 0;
+  item.rows = stepped ? entry.rows : 0;
   item.chain = row->chain;
   item.slots = row->slots;
   item.p_dtype = entry.dtype;
-  item.g_dtype = g_dtype;
+  item.g_dtype = stepped ? found.dtype : entry.dtype;
   for (int k = 0; k < row->slots; ++k) {
     item.s[k] = entry.slots[row->first_slot + k].memory.data;
     item.s_dtype[k] = entry.slots[row->first_slot + k].dtype;
   }
-  item.layout = nullptr;
-  if (!flat) {
-    // A dense parameter whose gradient is laid out otherwise needs a layout of its own from now on.
-    if (!entry.layout) {
-      entry.layout = std::make_unique<Layout>();
-      entry.layout->sizes = entry.memory.impl->sizes().vec();
-      entry.layout->strides[0] = entry.memory.impl->strides().vec();
-      for (int k = 0; k < entry.slot_count; ++k)
-        entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
-    }
-    const c10::IntArrayRef strides = grad ? grad->strides() : entry.memory.impl->strides();
-    entry.layout->strides[1].assign(strides.begin(), strides.end());
-    item.layout = entry.layout.get();
-  }
-  item.direct = flat && same_dtype;
-  active_.push_back({&entry, row, grad != nullptr});
+  item.layout = flat ? nullptr : layout_with(entry, stepped ? found.grad->strides() : entry.memory.impl->strides());
+  item.direct = flat && entry.one_dtype && item.g_dtype == entry.dtype;
+  active_.push_back({&entry, row, stepped});
   total_ += entry.n;
-  return true;
+}
+
+// The strides of p and its states, made on first need, with those of this step's gradient.
+const Layout* Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) {
+  if (!entry.layout) {
+    entry.layout = std::make_unique<Layout>();
+    entry.layout->sizes = entry.memory.impl->sizes().vec();
+    entry.layout->strides[0] = entry.memory.impl->strides().vec();
+    for (int k = 0; k < entry.slot_count; ++k)
+      entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
+  }
+  entry.layout->strides[1].assign(gradient.begin(), gradient.end());
+  return entry.layout.get();
 }
 
 Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
@@ -604,31 +626,52 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   if (!check_state(state)) return Verdict::rebuild;
 
+  // Nothing below touches a Python object's reference count, so it may run on several threads at once.
+  found_.resize(entries_.size());
+  parallel(static_cast<int64_t>(entries_.size()), examine_grain,
+           [this](int64_t begin, int64_t end) { examine(static_cast<size_t>(begin), static_cast<size_t>(end)); });
+
   for (size_t i = 0; i < groups_.size(); ++i) {
+    Group& group = groups_[i];
     const bool synchronise = sync != Py_None && PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(i)) == Py_True;
-    if (!gather_group(groups_[i], synchronise)) return Verdict::rebuild;
+    for (size_t k = group.first; k < group.first + group.count; ++k) {
+      Entry& entry = entries_[k];
+      const Found& found = found_[k];
+      if (!entry.native) continue;
+      if (!found.fits) return Verdict::rebuild;
+      if (!found.grad && !(synchronise && entry.has_state)) continue;
+      if (!entry.has_state) return Verdict::rebuild;
+      add_item(entry, group, found, synchronise);
+    }
   }
   return Verdict::ready;
 }
 
 // A tensor is spread over half a dozen cache lines that nothing else keeps warm. Their addresses are known from the
 // last step, except a gradient's, so each is asked for some entries ahead of its use.
-bool Plan::gather_group(Group& group, bool synchronise) {
-  const size_t end = group.first + group.count;
-  grads_.resize(group.count);
-  for (size_t k = group.first; k < std::min(group.first + far, end); ++k) prefetch(entries_[k]);
-  for (size_t i = 0; i < std::min(near, group.count); ++i) grads_[i] = find_grad(entries_[group.first + i]);
-  for (size_t k = group.first; k < end; ++k) {
+void Plan::examine(size_t begin, size_t end) {
+  for (size_t k = begin; k < std::min(begin + far, end); ++k) prefetch(entries_[k]);
+  for (size_t k = begin; k < std::min(begin + near, end); ++k) found_[k].grad = find_grad(entries_[k]);
+  for (size_t k = begin; k < end; ++k) {
     if (k + far < end) prefetch(entries_[k + far]);
-    if (k + near < end) grads_[k + near - group.first] = find_grad(entries_[k + near]);
-    Entry& entry = entries_[k];
+    if (k + near < end) found_[k + near].grad = find_grad(entries_[k + near]);
+    const Entry& entry = entries_[k];
+    Found& found = found_[k];
     if (!entry.native) continue;
-    if (!check_tensors(entry)) return false;
-    const c10::TensorImpl* grad = grads_[k - group.first];
-    if (!grad && !(synchronise && entry.has_state)) continue;
-    if (!entry.has_state || !add_item(entry, group, grad, synchronise)) return false;
+    found.fits = check_tensors(entry) && (!found.grad || check_grad(entry, found));
+    if (!found.fits || !found.grad) continue;
+    // A rule without a counter knows its first step by the state that was just created for it.
+    found.t = entry.counter_count > 0 ? read(entry.counters[0]) + 1 : entry.fresh ? 1 : 2;
+    found.carry = entry.counter_count > 1 ? read(entry.counters[1]) : 0;
   }
-  return true;
+}
+
+bool Plan::check_grad(const Entry& entry, Found& found) {
+  const c10::TensorImpl *p = entry.memory.impl, *grad = found.grad;
+  if (!is_plain(grad) || !dtype_of(grad, &found.dtype) || grad->sizes() != p->sizes()) return false;
+  found.flat = !entry.layout && ((entry.memory.contiguous && grad->is_contiguous()) || same_strides(p, grad));
+  found.data = grad->data();
+  return found.data || entry.n == 0;  // a released storage has no address
 }
 
 void Plan::prefetch(const Entry& entry) {
@@ -638,8 +681,10 @@ void Plan::prefetch(const Entry& entry) {
     __builtin_prefetch(memory.impl);
     __builtin_prefetch(reinterpret_cast<const char*>(memory.impl) + sizeof(c10::TensorImpl) - 1);
     __builtin_prefetch(memory.storage);
+    __builtin_prefetch(memory.version, 1);
   };
   touch(entry.param.get(), entry.memory);
+  __builtin_prefetch(reinterpret_cast<const char*>(entry.memory.impl) + 64);
   __builtin_prefetch(entry.meta);
   for (int k = 0; k < entry.slot_count; ++k) touch(entry.slots[k].object, entry.slots[k].memory);
   for (int k = 0; k < entry.counter_count; ++k) {
@@ -659,8 +704,9 @@ const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {
   return grad;
 }
 
-void Plan::launch() {
-  for (const Active& active : active_) {
+void Plan::commit(size_t begin, size_t end) {
+  for (size_t i = begin; i < end; ++i) {
+    const Active& active = active_[i];
     Entry& entry = *active.entry;
     if (active.stepped) {
       if (entry.counter_count > 0) write(entry.counters[0], read(entry.counters[0]) + 1);
@@ -670,6 +716,11 @@ void Plan::launch() {
     bump(entry.memory.impl);
     for (int k = 0; k < active.row->slots; ++k) bump(entry.slots[active.row->first_slot + k].memory.impl);
   }
+}
+
+void Plan::launch() {
+  parallel(static_cast<int64_t>(active_.size()), examine_grain,
+           [this](int64_t begin, int64_t end) { commit(static_cast<size_t>(begin), static_cast<size_t>(end)); });
   if (total_ < release_above) {
     driver_.run(items_);
     return;

@@ -74,6 +74,7 @@ class Plan {
   struct Memory {
     c10::TensorImpl* impl;
     const c10::StorageImpl* storage;
+    const void* version;
     const void* base;  // of the storage
     int64_t offset;    // in elements
     void* data;
@@ -81,7 +82,7 @@ class Plan {
     bool contiguous;
   };
   struct Slot {
-    PyObject* object;  // kept alive by walk_
+    PyObject* object;  // kept alive by inner_
     Memory memory;
     Dtype dtype;
   };
@@ -148,6 +149,7 @@ class Plan {
   };
   struct Group {
     Ref dict;
+    uint64_t version = 0;
     std::vector<Ref> items;  // key, value, key, value ... as PyDict_Next yields them; ignored keys have no value
     Ref params;
     Ref setting;
@@ -156,6 +158,20 @@ class Plan {
     bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
     RowKey last_key{};
     const Row* last_row = nullptr;
+  };
+  struct State {
+    PyObject* dict;  // kept alive by outer_
+    uint64_t version;
+    size_t first, count;  // its part of inner_, in references
+  };
+  // What this step's look at an entry found.
+  struct Found {
+    const c10::TensorImpl* grad;  // null: none
+    const void* data;
+    double t, carry;
+    Dtype dtype;
+    bool fits;  // everything is where the plan says
+    bool flat;  // the gradient shares the dense layout of p
   };
   struct Active {
     Entry* entry;
@@ -168,19 +184,24 @@ class Plan {
 
   Ref setting_of(PyObject* dict, bool* immutable);
   bool check_group(Group& group, PyObject* dict);
+  bool check_params(const Group& group) const;
   void record_group(Group& group, PyObject* dict);
-  bool check_state(PyObject* state) const;
+  bool check_state(PyObject* state);
+  bool check_pairs(PyObject* dict, const Ref* pairs, size_t count) const;
   bool check_tensors(const Entry& entry) const;
   bool check_strides(const Entry& entry) const;
   void build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   void lay_out(Entry& entry);
-  bool gather_group(Group& group, bool synchronise);
+  void examine(size_t begin, size_t end);
+  void commit(size_t begin, size_t end);
+  static bool check_grad(const Entry& entry, Found& found);
+  static const Layout* layout_with(Entry& entry, c10::IntArrayRef gradient);
   static void prefetch(const Entry& entry);
   const c10::TensorImpl* find_grad(const Entry& entry) const;
   static Memory memory_of(PyObject* tensor);
   static bool unchanged(PyObject* tensor, const Memory& memory);
-  bool add_item(Entry& entry, Group& group, const c10::TensorImpl* grad, bool sync);
+  void add_item(Entry& entry, Group& group, const Found& found, bool sync);
   const Row* row_for(Group& group, const RowKey& key);
   void compute_row(const RowKey& key, Row& row);
   void trim();
@@ -190,10 +211,12 @@ class Plan {
   Ref settings_;  // dict: tuple of hyper-parameter values -> setting
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<Ref> walk_;                      // what a walk through optimizer.state must yield, flattened
-  std::vector<PyObject*> states_;              // the dicts among them that are walked
-  Memo memo_, older_;                          // two generations: what a step needs again soon is in one of them
-  std::vector<const c10::TensorImpl*> grads_;  // of one group, found ahead of their use
+  uint64_t state_version_ = 0;
+  std::vector<Ref> outer_;     // parameter, state, ... as PyDict_Next yields them from optimizer.state
+  std::vector<Ref> inner_;     // key, tensor, ... of every state the kernels use
+  std::vector<State> states_;  // those states, in the same order
+  Memo memo_, older_;          // two generations: what a step needs again soon is in one of them
+  std::vector<Found> found_;   // by entry
   std::vector<Active> active_;
   std::vector<Item> items_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;  // gradients, while the interpreter lock is released

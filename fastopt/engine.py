@@ -59,7 +59,8 @@ class Engine:
         `amp` carries ``grad_scale`` and ``found_inf`` when a GradScaler left the gradients scaled; `sync` says for
         each group whether its slow weights synchronise at this step.
         """
-        if (found_inf := getattr(amp, "found_inf", None)) is not None and found_inf.item():
+        scaler: dict[str, Any] = {} if amp is None else vars(amp)
+        if (found_inf := scaler.get("found_inf")) is not None and found_inf.item():
             return False
         if self._torch and self._outdated():
             self.prepare(optimizer)
@@ -71,7 +72,7 @@ class Engine:
                     "parameters, gradients or state changed while the step was being prepared; call step() again"
                 )
             self.prepare(optimizer)
-        if (scale := getattr(amp, "grad_scale", None)) is not None:
+        if (scale := scaler.get("grad_scale")) is not None:
             _unscale(optimizer, scale)
         if self._torch:
             self._step_torch(optimizer, amp, sync)

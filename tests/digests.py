@@ -1,4 +1,4 @@
-"""Prints one digest per case and dtype of everything the native backend computes: run under FASTOPT_ISA by test_numbers."""
+"""Prints a digest per case and dtype of all that the native backend computes: run under FASTOPT_ISA by test_numbers."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -30,30 +31,62 @@ else:
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_untraced: list[list[Callable[..., Any]]] = []
 
 
-def untraced(method: Method) -> Method:
-    """A method that torch.compile runs as it is instead of tracing it.
+class _Entry:
+    """The three ways into one `step`: as it is, inside torch's hooks and profiling, and hidden from dynamo."""
 
-    ``torch.compiler.disable`` imports dynamo, which takes a second; so it is applied by `hide` when the first optimizer
-    is made (torch's own constructor imports dynamo then).
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.plain = method
+        self.hooked: Callable[..., Any] = Optimizer.profile_hook_step(method)
+        self.hidden: Callable[..., Any] = self.hooked  # until `hide`
+
+
+_entries: list[_Entry] = []
+
+
+def entry(method: Method) -> Method:
+    """A `step` that takes the shortest way in.
+
+    torch wraps every step in hooks and a profiler record, which costs more than our host code; they are entered only
+    when there is a hook or a profiler. (The attribute ``hooked`` tells torch not to wrap again.) torch.compile runs the
+    step as it is instead of tracing it.
     """
-    cell: list[Callable[..., Any]] = [method]
-    _untraced.append(cell)
+    ways = _Entry(method)
+    _entries.append(ways)
 
     @wraps(method)
-    def call(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        return cell[0](self, closure)
+    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return ways.hidden(self, closure)
+        if _watched(self) and inspect.unwrap(type(self).step) is method:
+            return ways.hooked(self, closure)
+        return ways.plain(self, closure)
 
-    return cast(Method, call)
+    step.hooked = True  # type: ignore[attr-defined]
+    return cast(Method, step)
+
+
+def _watched(self: Any) -> bool:
+    """Whether anyone would notice that torch's wrapper is missing."""
+    return bool(
+        self._optimizer_step_pre_hooks
+        or self._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def hide() -> None:
-    """Apply what `untraced` promises."""
-    while _untraced:
-        cell = _untraced.pop()
-        cell[0] = torch.compiler.disable(cell[0])  # type: ignore[no-untyped-call]
+    """Make the ways in that torch.compile takes.
+
+    Called when an optimizer is made, because ``torch.compiler.disable`` imports dynamo, which takes a second and which
+    torch's own constructor does as well.
+    """
+    while _entries:
+        ways = _entries.pop()
+        ways.hidden = torch.compiler.disable(ways.hooked)  # type: ignore[no-untyped-call]
 
 
 class Fused(_Base):
@@ -85,7 +118,7 @@ class Fused(_Base):
         """The backend that was asked for; None: chosen automatically."""
         return self._backend
 
-    @untraced
+    @entry
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 

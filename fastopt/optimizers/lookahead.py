@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastopt.chain import Stage
 from fastopt.engine import Engine, pull_back
-from fastopt.optimizers.base import Fused, hide, torch_step, untraced
+from fastopt.optimizers.base import Fused, entry, hide, torch_step
 from fastopt.optimizers.slow import SlowWeights, check_slow
 from fastopt.rule import Hyper, Rule, Slot, copy_of
 
@@ -149,7 +149,7 @@ class Lookahead(SlowWeights, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
-    @untraced
+    @entry
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single step of the inner optimizer; every k-th one ends at the slow weights.
 
