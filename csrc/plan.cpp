@@ -404,8 +404,8 @@ void Plan::lay_out(Entry& entry) {
   }
   const auto sizes = entry.memory.impl->sizes(), strides = entry.memory.impl->strides();
   if (entry.rows > 0 && entry.rows != sizes[0]) throw std::invalid_argument("fastopt: rows is not the first dimension");
-  entry.rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
-  if (flat && entry.rows_contiguous) return;
+  const bool rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
+  if (flat && rows_contiguous) return;
   if (sizes.size() > static_cast<size_t>(max_dims)) throw std::invalid_argument("fastopt: too many dimensions");
   layout_with(entry, strides);
 }

@@ -92,7 +92,7 @@ class Plan {
     Memory memory;
     CounterKind kind;
   };
-  struct Entry {
+  struct Entry {  // what every rule uses comes first: entries are read once a step, from cold memory
     Ref param;
     Memory memory;
     const void* meta;
@@ -100,16 +100,15 @@ class Plan {
     int64_t n;
     int64_t rows;
     std::unique_ptr<Layout> layout;  // set when p and its states do not share one dense layout
-    Slot slots[max_slots];
-    Counter counters[2];
     Dtype dtype;
     int8_t slot_count;
     int8_t counter_count;
     bool native;
     bool has_state;
-    bool fresh;            // no step was taken with the state it has
-    bool one_dtype;        // p and states have the compute type
-    bool rows_contiguous;  // slices along dim 0 are contiguous runs
+    bool fresh;      // no step was taken with the state it has
+    bool one_dtype;  // p and states have the compute type
+    Counter counters[2];
+    Slot slots[max_slots];
   };
   struct Row {
     Ref setting;  // the memo is keyed by its address

@@ -265,6 +265,25 @@ def test_sgd_checkpoint_with_an_empty_momentum_buffer() -> None:
     assert p.tolist() == [-1.0, -1.0]
 
 
+@parametrize(by_id("sgd-momentum", "adam-amsgrad", "ranger", "lookahead-adam"), ("fp32",))
+def test_one_dict_loaded_twice_serves_two_optimizers(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """torch shares the dict's tensors with the optimizer; here a loaded dict stays what it was."""
+    source = fresh(case, dtype)
+    optimizer = case.make(source.groups, backend)
+    advance(optimizer, source, 0, SAVED_AFTER)
+    state_dict = optimizer.state_dict()
+    kept = copy.deepcopy(state_dict)
+    traces = []
+    for _ in range(2):
+        built = fresh(case, dtype, source)
+        other = case.make(built.groups, backend)
+        other.load_state_dict(state_dict)
+        traces.append(advance(other, built, SAVED_AFTER, 12))
+    assert_same(*traces)
+    for i, states in kept["state"].items():
+        assert all(torch.equal(value, state_dict["state"][i][key]) for key, value in states.items())
+
+
 def test_unknown_states_survive() -> None:
     """States that a user or another library keeps there are nobody else's business."""
     p = torch.nn.Parameter(torch.ones(3))

@@ -84,6 +84,22 @@ def test_parameter_data_swapped_every_step(case: Case, dtype: torch.dtype, backe
 
 
 @parametrize(LIVE, ("fp32",))
+def test_parameter_moved_within_one_buffer(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The same storage at another offset: what was there before must stay."""
+    twins, flat = Twins(case, backend), torch.full((200,), 7.0)
+    p = twins.ours[0]
+    for at in (0, 40, 41, 120):
+        values = p.detach().clone()
+        flat.fill_(7.0)
+        flat[at : at + 33] = values
+        p.data = flat[at : at + 33]
+        twins.step(2)
+        assert (flat == 7.0).sum() >= 200 - 33
+        assert (flat[:at] == 7.0).all()
+        assert (flat[at + 33 :] == 7.0).all()
+
+
+@parametrize(LIVE, ("fp32",))
 def test_state_tensors_rebound(case: Case, dtype: torch.dtype, backend: str) -> None:
     """optimizer.state[p][key] = another tensor, for every key: that one is read and written from then on."""
     twins = Twins(case, backend)
@@ -124,6 +140,25 @@ def test_state_discarded(case: Case, dtype: torch.dtype, backend: str) -> None:
         reset(inner, twins.theirs[0])
         twins.oracle.state = inner.state
     twins.step(8)
+
+
+@parametrize(by_id("adam-everything", "sgd-momentum"), ("fp32",))
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_storage_moved_behind_the_tensor(case: Case, dtype: torch.dtype, backend: str, what: str) -> None:
+    """FSDP frees a storage and fills it again: the same storage object, its memory elsewhere."""
+    twins = Twins(case, backend, (3000, 8))
+    twins.step(2)
+    p = twins.ours[0]
+    for _ in range(3):
+        t = p if what == "parameter" else next(v for v in twins.optimizer.state[p].values() if v.dim())
+        values, storage, size = t.detach().clone(), t.untyped_storage(), t.untyped_storage().nbytes()
+        storage.resize_(0)
+        taken = torch.full((3000,), 7.0)  # likely where the values were
+        storage.resize_(size)
+        with torch.no_grad():
+            t.copy_(values)
+        twins.step(2)
+        assert (taken == 7.0).all()
 
 
 @parametrize(by_id("adam-everything", "sgd-momentum", "ranger"), ("fp32",))
@@ -254,6 +289,22 @@ def test_state_that_does_not_fit_raises_and_nothing_else_is_touched(name: str, w
     else:
         assert what == "state missing"
     assert all((g == 7.0).all() for g in guards)
+
+
+@pytest.mark.parametrize("size", [50, 5000], ids=["shorter", "longer"])
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@each_backend
+def test_gradient_of_another_size_raises(what: str, size: int, backend: str) -> None:
+    """p.data (or p.grad.data) was exchanged and the other is the old one: torch raises, and so must we."""
+    p = torch.nn.Parameter(ramp(1000))
+    optimizer = fastopt.SGD([p], lr=0.1, backend=backend)
+    p.grad = torch.ones(1000)
+    optimizer.step()
+    (p if what == "parameter" else p.grad).data = ramp(size)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
 
 
 @parametrize(by_id("adam", "sgd-momentum", "ranger"), ("fp32",))
@@ -500,6 +551,28 @@ def test_compiled_training_step_gives_the_same_numbers(case: Case, dtype: torch.
     torch._dynamo.reset()
     assert results[0][0] == results[1][0]
     assert all(torch.equal(p, q) for p, q in zip(results[0][1], results[1][1], strict=True))
+
+
+@native_only
+@pytest.mark.parametrize("size", [10, 1 << 21], ids=["small", "large"])
+def test_unknown_instruction_set_is_refused_and_nothing_is_counted(size: int, backend: str) -> None:
+    """Whatever fails inside the driver: an exception, never a crash, and no step that was counted but not taken."""
+    script = f"""
+        import torch, fastopt
+        p = torch.nn.Parameter(torch.zeros({size}))
+        p.grad = torch.ones({size})
+        optimizer = fastopt.Adam([p])
+        try:
+            optimizer.step()
+        except (ValueError, RuntimeError) as error:
+            assert "FASTOPT_ISA=nonsense" in str(error), error
+        else:
+            raise SystemExit("FASTOPT_ISA=nonsense was accepted")
+        assert not p.any()
+        assert p not in optimizer.state or optimizer.state[p]["step"] == 0
+    """
+    result = _python(script, FASTOPT_ISA="nonsense")
+    assert result.returncode == 0, result.stderr or f"exit status {result.returncode}"
 
 
 @native_only
