@@ -10,7 +10,6 @@
 namespace fastopt {
 namespace {
 
-constexpr size_t most_rows = 64;        // rows in a generation of the memo, unless one step needs more
 constexpr size_t most_settings = 512;   // remembered before they are looked up afresh
 constexpr int64_t examine_grain = 200;  // tensors worth a thread of their own
 constexpr size_t far = 32, near = 16;   // how many entries ahead cache lines are asked for: addresses, then contents
@@ -485,7 +484,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
 void Plan::trim() {
   const bool settings_full = static_cast<size_t>(PyDict_GET_SIZE(settings_.get())) > most_settings;
   if (settings_full) PyDict_Clear(settings_.get());
-  if (memo_.size() < most_rows) return;
+  if (memo_.size() < Memo::usual) return;
   std::swap(memo_, older_);
   memo_.clear();
   for (Group& group : groups_) group.last_row = nullptr;
@@ -511,7 +510,7 @@ const Plan::Row* Plan::Memo::find(const RowKey& key) const {
 
 Plan::Row& Plan::Memo::insert(const RowKey& key) {
   if (table_.size() < 4 * (used_ + 1)) {
-    table_.assign(std::max<size_t>(256, table_.size() * 4), -1);
+    table_.assign(std::max<size_t>(4 * usual, table_.size() * 4), -1);
     for (size_t i = 0; i < used_; ++i) table_[slot(rows_[i].first)] = static_cast<int32_t>(i);
   }
   const size_t i = slot(key);

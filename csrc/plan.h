@@ -133,6 +133,8 @@ class Plan {
   // Coefficient rows by key, in storage that is reused and never moves, so that the steady state allocates nothing.
   class Memo {
    public:
+    static constexpr size_t usual = 64;  // rows of a generation, unless one step needs more
+    Memo() : rows_(usual) {}
     const Row* find(const RowKey& key) const;
     Row& insert(const RowKey& key);
     size_t size() const { return used_; }
