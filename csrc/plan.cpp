@@ -185,6 +185,7 @@ Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* int
       ignored_(sequence(ignored)),
       intern_(intern),
       settings_(Ref::steal(PyDict_New())) {
+  instruction_set();  // a wish that cannot be met is refused here, before any step
   if (counter_keys_.size() > 2) throw std::invalid_argument("fastopt: at most two counters per parameter");
 }
 

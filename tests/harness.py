@@ -92,7 +92,7 @@ def _specials(dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(dtype)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def values(spec: Spec, seed: int, dtype: torch.dtype, what: str) -> Tensor:
     """The parameter (what = "p") or one step's gradient (what = "g"), contiguous."""
     if spec.kind == "special":
@@ -190,7 +190,7 @@ def oracle_trace(case: Case, scenario: Scenario, dtype: torch.dtype) -> list[Sna
     """The defined values: parameters and states after every step."""
     key = (case.id, scenario, dtype)
     if key not in _traces:
-        if len(_traces) > 8:
+        if len(_traces) > 3:
             _traces.clear()
         _traces[key] = _oracle_trace(case, scenario, dtype)
     return _traces[key]
