@@ -718,6 +718,26 @@ void Plan::commit(size_t begin, size_t end) {
   }
 }
 
+namespace {
+
+// Lets other Python threads run, and marks the plan as busy, for a scope.
+class Unlocked {
+ public:
+  explicit Unlocked(bool& busy) : busy_(busy), thread_((busy = true, PyEval_SaveThread())) {}
+  ~Unlocked() {
+    PyEval_RestoreThread(thread_);
+    busy_ = false;
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  bool& busy_;
+  PyThreadState* thread_;
+};
+
+}  // namespace
+
 void Plan::launch() {
   parallel(static_cast<int64_t>(active_.size()), examine_grain,
            [this](int64_t begin, int64_t end) { commit(static_cast<size_t>(begin), static_cast<size_t>(end)); });
@@ -728,11 +748,10 @@ void Plan::launch() {
   // Another thread may drop a gradient while the kernels read it, so hold them all.
   for (const Active& active : active_)
     if (active.stepped) kept_.push_back(active.entry->memory.impl->autograd_meta()->grad().getIntrusivePtr());
-  running_ = true;
-  PyThreadState* thread = PyEval_SaveThread();
-  driver_.run(items_);
-  PyEval_RestoreThread(thread);
-  running_ = false;
+  {
+    const Unlocked unlocked(running_);
+    driver_.run(items_);
+  }
   kept_.clear();
 }
 

@@ -142,6 +142,23 @@ def test_state_discarded(case: Case, dtype: torch.dtype, backend: str) -> None:
     twins.step(8)
 
 
+@parametrize(by_id("adam-everything", "sgd-momentum", "ranger"), ("fp32",))
+def test_strides_changed_at_the_same_address(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Neither address, size nor contiguity tells; only the strides do."""
+    flat, shape = torch.zeros(54), (3, 3, 3)
+    p, q = torch.nn.Parameter(flat.as_strided(shape, (1, 3, 9))), torch.nn.Parameter(torch.zeros(shape))
+    optimizer, oracle = case.make([p], backend), case.oracle([q])
+    for step, strides in enumerate([(1, 3, 9), (1, 3, 9), (3, 1, 9), (9, 3, 1), (1, 9, 3), (2, 6, 18), (18, 6, 2)]):
+        values, moved = p.detach().clone(), flat.as_strided(shape, strides)
+        flat.zero_()
+        p.data = moved.copy_(values)
+        p.grad, q.grad = wave(shape, step), wave(shape, step)
+        optimizer.step()
+        oracle.step()
+        assert not difference(p.detach().contiguous(), q.detach()), f"strides {strides}"
+        assert flat.count_nonzero() <= 27
+
+
 @parametrize(by_id("adam-everything", "sgd-momentum"), ("fp32",))
 @pytest.mark.parametrize("what", ["parameter", "state"])
 def test_storage_moved_behind_the_tensor(case: Case, dtype: torch.dtype, backend: str, what: str) -> None:
