@@ -50,7 +50,7 @@ class Engine:
         self.settings = Settings(rule, native.chain_index if compiled else lambda chain: -1)
         self._plans: dict[str, Any] = {}
         self._routes: dict[int, Route] = {}
-        self._torch: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
 
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[bool] | None = None) -> bool:
@@ -62,7 +62,7 @@ class Engine:
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
         if (found_inf := scaler.get("found_inf")) is not None and found_inf.item():
             return False
-        if self._torch and self._outdated():
+        if self._torch and self._outdated(optimizer):
             self.prepare(optimizer)
         for attempt in range(3):
             if self._plans and self._gather(optimizer, sync):
@@ -89,11 +89,8 @@ class Engine:
         """Decide who takes which parameter, create the state that this step needs, and build the plans."""
         groups: list[dict[str, Any]] = optimizer.param_groups
         self._routes = self.routes(optimizer)
-        self._torch = []
-        for group in groups:
-            left = [p for p in group["params"] if self._routes[id(p)].backend == "torch"]
-            if left:
-                self._torch.append((group, left))
+        params = [p for group in groups for p in group["params"]]
+        self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
         self._create_state(optimizer)
         used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
         self._plans = {name: self._plans.get(name) or self._make_plan(name) for name in sorted(used)}
@@ -137,14 +134,17 @@ class Engine:
             return Route(rest, backends.why_not("native", p.device.type))
         return Route(chosen)
 
-    def _outdated(self) -> bool:
+    def _left(self, optimizer: Optimizer) -> list[list[Tensor]]:
+        """The parameters of each group, as the groups are now, that torch's code takes."""
+        return [[p for p in group["params"] if id(p) in self._torch] for group in optimizer.param_groups]
+
+    def _outdated(self, optimizer: Optimizer) -> bool:
         """Whether the reason why torch's code took a parameter is gone."""
-        for group, params in self._torch:
-            setting = self.settings.of(group)
-            for p in params:
-                if self._routes[id(p)].passing and not self._route(setting, p, False).reason:
-                    return True
-        return False
+        return any(
+            self._routes[id(p)].passing and not self._route(self.settings.of(group), p, False).reason
+            for group, params in zip(optimizer.param_groups, self._left(optimizer), strict=True)
+            for p in params
+        )
 
     def _create_state(self, optimizer: Optimizer) -> None:
         """All of it, or on an error none of it: a step that ran out of memory can be repeated."""
@@ -173,22 +173,20 @@ class Engine:
     def _step_torch(self, optimizer: Optimizer, amp: Any, sync: Sequence[bool] | None) -> None:
         """torch's own code for the parameters the kernels do not take, then their slow weights."""
         assert self.torch_step is not None
-        slow = self.rule.slow
+        slow, left = self.rule.slow, self._left(optimizer)
         before: dict[Tensor, Tensor] = {}
         if slow is not None:
-            for _, params in self._torch:
-                for p in params:
-                    if p.grad is not None and slow.key not in optimizer.state.get(p, {}):
-                        before[p] = slow.create(p, None)
-        with _only(optimizer.param_groups, self._torch), _without_amp(optimizer):
+            for p in (p for params in left for p in params):
+                if p.grad is not None and slow.key not in optimizer.state.get(p, {}):
+                    before[p] = slow.create(p, None)
+        with _only(optimizer.param_groups, left), _without_amp(optimizer):
             self.torch_step(optimizer)
         if slow is None:
             return
         for p, tensor in before.items():
             optimizer.state[p][slow.key] = tensor
-        for group, params in self._torch:
-            index = next(i for i, candidate in enumerate(optimizer.param_groups) if candidate is group)
-            if sync is not None and sync[index]:
+        for i, (group, params) in enumerate(zip(optimizer.param_groups, left, strict=True)):
+            if sync is not None and sync[i]:
                 alpha = self.rule.alpha(self.settings.of(group).h)
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
@@ -212,7 +210,7 @@ def _unscale(optimizer: Optimizer, scale: Tensor) -> None:
 
 
 @contextmanager
-def _only(groups: list[dict[str, Any]], kept: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[None]:
+def _only(groups: list[dict[str, Any]], kept: list[list[Tensor]]) -> Iterator[None]:
     """The groups with just these parameters in them.
 
     torch's fused kernels misread memory that is shared or not dense, so a group whose parameters they would accept all
@@ -220,8 +218,8 @@ def _only(groups: list[dict[str, Any]], kept: list[tuple[dict[str, Any], list[Te
     """
     before = [(group, group["params"], group.get("fused")) for group in groups]
     try:
-        for group in groups:
-            group["params"] = params = next((params for candidate, params in kept if candidate is group), [])
+        for group, params in zip(groups, kept, strict=True):
+            group["params"] = params
             if group.get("fused") and all(_fused_takes(p) for p in params):
                 group["fused"] = False
         yield

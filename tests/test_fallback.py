@@ -103,6 +103,58 @@ def test_complex_parameters_beside_real_ones(case: Case, dtype: torch.dtype, bac
     run_three(case, backend, make, grads)
 
 
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "loaded": lambda o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "lr edited": lambda o: o.param_groups[0].update(lr=0.2),
+    "group added": lambda o: o.add_param_group({"params": [parameter(ramp(4) * 1j)]}),
+    "group replaced": lambda o: o.param_groups.__setitem__(0, dict(o.param_groups[0])),
+    "group prepended": lambda o: o.param_groups.insert(0, {**o.param_groups[0], "params": [parameter(ramp(2))]}),
+    "groups swapped": lambda o: o.param_groups.reverse(),
+    "list replaced": lambda o: o.param_groups[0].update(params=list(o.param_groups[0]["params"])),
+    "parameter replaced": lambda o: o.param_groups[0]["params"].__setitem__(0, parameter(ramp(5) * 1j)),
+    "parameter appended": lambda o: o.param_groups[0]["params"].append(parameter(ramp(2) * 1j)),
+    "parameter removed": lambda o: o.param_groups[0]["params"].pop(),
+    "state cleared": lambda o: o.state.clear(),
+    "maximize": lambda o: o.param_groups[0].update(maximize=True),
+}  # fmt: skip
+
+
+def _complex_groups() -> list[dict[str, Any]]:
+    return [
+        {"params": [parameter(torch.complex(ramp(3), ramp(3))), parameter(torch.complex(ramp(6), -ramp(6)))]},
+        {"params": [parameter(torch.complex(ramp(7), ramp(7)))], "lr": 0.02},
+    ]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("beside", ["nothing", "a real parameter"])
+@parametrize(by_id("sgd-momentum", "adam", "lookahead-adam"), ("fp32",))
+def test_changes_reach_what_falls_back(case: Case, dtype: torch.dtype, backend: str, beside: str, change: str) -> None:
+    """Groups, parameters and state exchanged between steps, where torch's code takes all of them or some."""
+
+    def run(make: Callable[[Any], Any]) -> Any:
+        groups = _complex_groups()
+        if beside != "nothing":
+            groups[1]["params"].append(parameter(ramp(9)))
+        optimizer = make(groups)
+        for step in range(8):
+            if step == 4:
+                CHANGES[change](optimizer)
+            for group in optimizer.param_groups:
+                for i, p in enumerate(group["params"]):
+                    g = wave(p.shape, step + i)
+                    p.grad = torch.complex(g, -g) if p.is_complex() else g
+            optimizer.step()
+        return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+    def reference(groups: Any) -> Any:
+        inner = case.make_torch(groups)
+        return fastopt.Lookahead(inner, *case.lookahead) if case.lookahead else inner
+
+    for p, q in zip(run(lambda groups: case.make(groups, backend)), run(reference), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 @each_name
 @each_backend
 def test_differentiable_steps(name: str, backend: str) -> None:

@@ -606,11 +606,12 @@ def test_momentum_is_left_to_the_inner_optimizer() -> None:
         assert p.item() == expected
 
 
-def test_oracle_and_wrapper_agree_on_low_precision_parameters() -> None:
+@each_backend
+def test_oracle_and_wrapper_agree_on_low_precision_parameters(backend: str) -> None:
     """bf16: the slow weights have the parameter's dtype and the pull-back is computed in float32."""
     p = torch.nn.Parameter(ramp(33).bfloat16())
     q = torch.nn.Parameter(ramp(33).bfloat16())
-    optimizer = fastopt.Lookahead(fastopt.SGD([p], lr=0.1), k=2, alpha=0.3)
+    optimizer = fastopt.Lookahead(fastopt.SGD([p], lr=0.1, backend=backend), k=2, alpha=0.3)
 
     def make(groups: Any) -> Any:
         return oracles.Lookahead(oracles.TorchLoop("SGD", groups, lr=0.1), 2, 0.3)
