@@ -114,6 +114,25 @@ def test_scale_that_is_no_power_of_two(case: Case, dtype: torch.dtype, backend: 
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@parametrize(FUSED, ("fp32",))
+def test_scaled_gradients_of_parameters_that_fall_back(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Overlapping memory goes to torch's code: unscaled once, not twice, and not through torch's fused kernel."""
+    runs = []
+    for scale in (1.0, SCALE):
+        base = torch.linspace(-1, 1, 40)
+        params = [torch.nn.Parameter(base[:25]), torch.nn.Parameter(base[15:]), torch.nn.Parameter(torch.ones(9))]
+        optimizer = case.make(params, backend)
+        for step in range(6):
+            for i, p in enumerate(params):
+                p.grad = torch.cos(torch.arange(float(p.numel())) + step + i) * scale
+            if scale != 1.0:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(step == 2))
+            if scale != 1.0 or step != 2:
+                optimizer.step()
+        runs.append((base, params[2].detach()))
+    assert all(not difference(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
 def test_amp_support_is_announced_exactly_when_torch_announces_it(name: str) -> None:
     for kwargs in ({}, {"fused": True}, {"fused": False}, {"foreach": True}):

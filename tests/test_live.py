@@ -178,6 +178,43 @@ def test_storage_moved_behind_the_tensor(case: Case, dtype: torch.dtype, backend
         assert (taken == 7.0).all()
 
 
+@parametrize(by_id("adam-everything", "ranger"), ("fp32",))
+def test_shared_memory(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """share_memory_() moves a parameter into memory that other processes see."""
+    twins = Twins(case, backend)
+    twins.step(2)
+    for p in twins.ours:
+        p.share_memory_()
+    twins.step(2)
+    assert all(p.is_shared() for p in twins.ours)
+
+
+@parametrize(by_id("adam-everything", "ranger", "lookahead-adam"), ("fp32",))
+def test_steps_inside_backward(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """One optimizer per parameter, each stepping as soon as its gradient is there, which is freed at once."""
+    results = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        optimizers = {p: case.make([p], backend) for p in model.parameters()}
+
+        def finish(p: Any, optimizers: Any = optimizers) -> None:
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        if inside:
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(finish)
+        for step in range(8):
+            model(wave((3, 5), step)).pow(2).sum().backward()
+            assert all((p.grad is None) == inside for p in model.parameters())
+            if not inside:
+                for p in model.parameters():
+                    finish(p)
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 @parametrize(by_id("adam-everything", "sgd-momentum", "ranger"), ("fp32",))
 def test_parameters_replaced_in_the_group(case: Case, dtype: torch.dtype, backend: str) -> None:
     """group["params"] edited in place, replaced and reordered; a newcomer starts its own state."""
@@ -528,10 +565,20 @@ def test_without_an_extension_the_package_works() -> None:
             p, q = torch.nn.Parameter(torch.linspace(-1, 1, 9)), torch.nn.Parameter(torch.linspace(-1, 1, 9))
             ours = getattr(fastopt, name)([p], lr=0.1)
             theirs = getattr(torch.optim, name, fastopt.Ranger)([q], lr=0.1)
-            for _ in range(7):
+            for t in range(9):
+                if t == 4:
+                    ours.load_state_dict(ours.state_dict())
+                    theirs.load_state_dict(theirs.state_dict())
                 p.grad, q.grad = torch.ones(9), torch.ones(9)
                 ours.step(); theirs.step()
             assert torch.equal(p, q), name
+        for overflow, scale, expected in ((0.0, 4.0, -0.1), (1.0, 4.0, 0.0)):
+            p = torch.nn.Parameter(torch.zeros(1))
+            scaled = fastopt.SGD([p], lr=0.1, momentum=0.9, fused=True)
+            p.grad = torch.full((1,), scale)
+            scaled.grad_scale, scaled.found_inf = torch.tensor(scale), torch.tensor(overflow)
+            scaled.step()
+            assert abs(p.item() - expected) < 1e-7, (overflow, p)
         lookahead = fastopt.Lookahead(fastopt.Adam([p]), k=2)
         lookahead.step(); lookahead.step()
         assert "torch" in str(fastopt.explain(ours)) or "reference" in str(fastopt.explain(ours))
