@@ -7,6 +7,7 @@ drives backends that have no plan of their own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,7 @@ class PythonPlan:
         self._takes: dict[int, int] = {}
         self._reasons: dict[int, tuple[str, str]] = {}
         self._fresh: set[int] = set()
+        self._repeated: set[int] = set()
         self._params: list[Tensor] = []
         self._layouts: list[object] = []
         self._work: list[Work] = []
@@ -109,6 +111,7 @@ class PythonPlan:
             strict=True,
         )
         self._takes, self._fresh = {}, set()
+        self._repeated = {name for name, n in Counter(map(id, self._params)).items() if n > 1}
         for p, taken, n, new in flat:
             if taken:
                 self._takes[id(p)] = n
@@ -151,6 +154,9 @@ class PythonPlan:
             t = counters[0].item() + 1 if counters else 1.0 if id(p) in self._fresh else 2.0
             if len(counters) > 1:
                 carry, single = counters[1].item(), counters[1].dtype == torch.float32
+            # A parameter given twice takes its steps in turn; the counters advance only in launch.
+            for earlier in (work for work in self._work if work.p is p) if id(p) in self._repeated else ():
+                t, carry = t + 1, earlier.row.carry
         row = setting.at(t, carry, single, asked)
         used = row.chain.state if t else ("slow",)
         tensors = [state[setting.named_slots[name].key] for name in used]

@@ -61,6 +61,7 @@ def run_three(
     return [ours, *optimizers]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @parametrize(by_id("sgd", "sgd-momentum", "adagrad", "adagrad-lr-decay"), ("fp32",))
 def test_sparse_gradients_beside_dense_ones(case: Case, dtype: torch.dtype, backend: str) -> None:
     """An embedding: rows that were looked up, some twice (uncoalesced)."""
@@ -80,6 +81,7 @@ def test_sparse_gradients_beside_dense_ones(case: Case, dtype: torch.dtype, back
     assert backend in explanation
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @parametrize(by_id("sgd-momentum", "adagrad"), ("fp32",))
 def test_gradients_that_are_sparse_at_some_steps_only(case: Case, dtype: torch.dtype, backend: str) -> None:
     def grads(params: list[Any], step: int) -> None:

@@ -516,3 +516,17 @@ def test_complex_parameters(backend: str) -> None:
         ours.step()
         theirs.step()
     torch.testing.assert_close(torch.view_as_real(z.detach()), pair.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_parameter_given_twice_steps_twice() -> None:
+    """torch warns about it and then steps in turn; both updates see their own t."""
+    p, q = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    twice, once = fastopt.Ranger([p, p], lr=0.1), fastopt.Ranger([q], lr=0.1)
+    for _ in range(8):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        twice.step()
+        once.step()
+        once.step()
+        assert torch.equal(p.detach(), q.detach())
+        assert twice.state[p]["step"] == once.state[q]["step"]
