@@ -75,7 +75,7 @@ class Engine:
         if (scale := scaler.get("grad_scale")) is not None:
             _unscale(optimizer, scale)
         if self._torch:
-            self._step_torch(optimizer, amp, sync)
+            self._step_torch(optimizer, sync)
         for plan in self._plans.values():
             plan.launch()
         if self._fresh:
@@ -170,7 +170,7 @@ class Engine:
         tensor = self._fresh.get(p)
         return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
 
-    def _step_torch(self, optimizer: Optimizer, amp: Any, sync: Sequence[bool] | None) -> None:
+    def _step_torch(self, optimizer: Optimizer, sync: Sequence[bool] | None) -> None:
         """torch's own code for the parameters the kernels do not take, then their slow weights."""
         assert self.torch_step is not None
         slow, left = self.rule.slow, self._left(optimizer)
