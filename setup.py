@@ -5,11 +5,17 @@ not used because it has no flags per file, refuses CUDA sources on a CPU build o
 costs seconds in every hook that pip calls.
 
 Environment:
-  FASTOPT_EXT   auto (default): build the extension if possible, else install without it; 1: fail if it cannot be
-                built; 0: install without it
-  FASTOPT_CUDA  auto (default): CUDA kernels where there are CUDA sources; 1: fail without them; 0: none
-  CXX           the C++ compiler (default g++)
-  MAX_JOBS      how many compilers may run at once (default: ninja's choice)
+  FASTOPT_EXT         auto (default): build the extension if possible, else install without it; 1: fail if it cannot be
+                      built; 0: install without it
+  FASTOPT_CUDA        auto (default): CUDA kernels if there is nvcc and a GPU; 1: fail if they cannot be built; 0: none
+  FASTOPT_CUDA_ARCHS  for which GPUs, e.g. "90" or "80;90;100+PTX" (default: those present; if there is none and
+                      FASTOPT_CUDA=1, 80;90;100+PTX). Asking for some asks for CUDA kernels.
+  FASTOPT_CUDA_MIXES  for which storage (names of Mix in csrc/device.h), e.g. "f32;bf16"; any_f32 and any_f64, which
+                      take whatever has no kernels of its own, are always built (default: all)
+  FASTOPT_EMULATOR    1: also the CUDA kernels' source as CPU code, for tests (default 0)
+  CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH)
+  CXX                 the C++ compiler (default g++)
+  MAX_JOBS            how many compilers may run at once (default: ninja's choice)
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,6 +58,10 @@ COMMON_FLAGS = (
     "-ffp-contract=off",
     "-Wall",
 )
+
+# -fmad=false is what -ffp-contract=off is above; division and square root are rounded correctly by default.
+NVCC_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
+ALL_ARCHS = "80;90;100+PTX"
 
 # The kernels' source is compiled once for each of these; the driver picks one at run time.
 BASELINE: dict[str, tuple[str, ...]] = {"baseline": ()}
@@ -100,6 +111,105 @@ class Torch:
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """Which CUDA kernels are built, and by what."""
+
+    nvcc: str
+    archs: tuple[str, ...]
+    mixes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Part of the objects' names, so that builds for other GPUs lie side by side."""
+        return "sm_" + "-".join(self.archs)
+
+    def arch_flags(self) -> Iterator[str]:
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX")
+            code = f"[sm_{number},compute_{number}]" if arch != number else f"sm_{number}"
+            yield f"-gencode=arch=compute_{number},code={code}"
+
+    def link_flags(self) -> list[str]:
+        """The static runtime: no second libcudart beside torch's. nvcc may be a wrapper, so it is asked where that is."""
+        said = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        found = re.search(r"^#\$ LIBRARIES=(.*)$", said, re.MULTILINE)
+        folders = shlex.split(found[1]) if found else []
+        return [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+
+def listed(name: str) -> list[str]:
+    """The words of an environment variable that holds a list."""
+    return [word for word in re.split(r"[;, ]+", os.environ.get(name, "")) if word]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (
+        (home and shutil.which("nvcc", path=f"{home}/bin"))
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
+
+
+def gpus() -> list[str]:
+    """The architectures of the GPUs present."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+        return sorted({found.replace(".", "") for found in re.findall(r"^\d+\.\d$", said, re.MULTILINE)}, key=int)
+    return []
+
+
+def all_mixes() -> list[str]:
+    found = re.search(r"enum class Mix : int8_t \{([^}]*)\}", (CSRC / "device.h").read_text())
+    assert found, "csrc/device.h: no enum Mix"
+    return re.findall(r"\w+", found[1])
+
+
+def chosen_mixes() -> tuple[str, ...]:
+    asked = listed("FASTOPT_CUDA_MIXES") or all_mixes()
+    if unknown := set(asked) - set(all_mixes()):
+        raise SystemExit(
+            f"FASTOPT_CUDA_MIXES: unknown {', '.join(sorted(unknown))}; known are {', '.join(all_mixes())}"
+        )
+    return tuple(mix for mix in all_mixes() if mix in asked or mix.startswith("any_"))
+
+
+def chosen_archs(nvcc: str) -> list[str]:
+    archs = [arch.replace(".", "") for arch in listed("FASTOPT_CUDA_ARCHS")] or gpus()
+    if setting("FASTOPT_CUDA") == "1":
+        archs = archs or ALL_ARCHS.split(";")
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}(\+PTX)?", arch):
+            raise SystemExit(f"FASTOPT_CUDA_ARCHS: {arch!r} is none; accepted are lists such as {ALL_ARCHS}")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    if unknown := [arch for arch in archs if f"compute_{arch.removesuffix('+PTX')}" not in known]:
+        raise CompileError(f"{nvcc} cannot compile for sm_{', sm_'.join(unknown)}, only for {', '.join(known)}")
+    return archs
+
+
+@cache
+def cuda() -> Cuda | None:
+    """What of CUDA to build; None and a word about it if nothing."""
+    wanted, nvcc = setting("FASTOPT_CUDA"), find_nvcc()
+    asked = wanted == "1" or (wanted == "auto" and bool(listed("FASTOPT_CUDA_ARCHS")))
+    if wanted == "0":
+        return None
+    try:
+        if nvcc is None:
+            raise CompileError("there is no nvcc: set CUDA_HOME or install the CUDA toolkit")
+        if archs := chosen_archs(nvcc):
+            return Cuda(nvcc, tuple(archs), chosen_mixes())
+        reason = "there is no GPU here (FASTOPT_CUDA=1 or FASTOPT_CUDA_ARCHS builds CUDA kernels all the same)"
+    except CompileError as error:
+        if asked:
+            raise SystemExit(f"CUDA kernels were asked for, but {error}") from error
+        reason = str(error)
+    print(f"fastopt: CPU kernels only, {reason}", file=sys.stderr, flush=True)
+    return None
+
+
+@dataclass(frozen=True)
 class Unit:
     """One object file: what it is compiled from, by which ninja rule, with which flags beside the common ones."""
 
@@ -117,20 +227,53 @@ def instruction_sets() -> dict[str, tuple[str, ...]]:
     return X86_INSTRUCTION_SETS if sysconfig.get_platform().endswith("-x86_64") else BASELINE
 
 
-def units(torch: Torch) -> Iterator[Unit]:
-    """Every object of the extension. CUDA units (``csrc/*.cu``, rule "nvcc") will be yielded here as well."""
-    kernels = sorted(CSRC.glob("cpu_kernels*.cpp"))
-    for source in kernels:
-        for isa, flags in instruction_sets().items():
-            # No include path: a kernel sees neither torch nor Python, hence compiles in a second or two.
-            yield Unit(source, (f"-DFASTOPT_ISA={isa}", "-fno-semantic-interposition", *flags), f".{isa}")
+def cpu_kernel_units() -> Iterator[Unit]:
+    """No include path: a kernel sees neither torch nor Python, hence compiles in a second or two."""
+    for isa, flags in instruction_sets().items():
+        flags = (f"-DFASTOPT_ISA={isa}", "-fno-semantic-interposition", *flags)
+        yield Unit(CSRC / "cpu_kernels.cpp", flags, f".{isa}")
 
+
+def cuda_units(cuda: Cuda) -> Iterator[Unit]:
+    """One for each mix, so that they compile side by side; torch is not seen here either."""
+    archs = tuple(cuda.arch_flags())
+    for mix in cuda.mixes:
+        yield Unit(CSRC / "cuda_kernels.cu", (*archs, f"-DFASTOPT_MIX={mix}"), f".{mix}.{cuda.name}", "nvcc")
+    built = (f'-DFASTOPT_CUDA_ARCHS="{";".join(cuda.archs)}"', f'-DFASTOPT_CUDA_MIXES="{" ".join(cuda.mixes)}"')
+    yield Unit(CSRC / "cuda_driver.cu", (*archs, *built), f".{cuda.name}", "nvcc")
+
+
+def emulator_units() -> Iterator[Unit]:
+    """-O1: they are slow anyway, and compile in half the time."""
+    flags = ("-O1", "-Wno-unknown-pragmas")
+    for mix in all_mixes():
+        yield Unit(CSRC / "emulator_kernels.cpp", (*flags, f"-DFASTOPT_MIX={mix}"), f".{mix}")
+    yield Unit(CSRC / "emulator.cpp", flags)
+
+
+def host_units(torch: Torch) -> Iterator[Unit]:
     shared = (f'-DFASTOPT_TORCH_VERSION="{torch.version}"', *torch.include_flags())
     if len(instruction_sets()) > 1:
         shared = ("-DFASTOPT_X86_KERNELS", *shared)
-    for source in sorted(set(CSRC.glob("*.cpp")).difference(kernels)):
-        openmp = ("-fopenmp", "-DAT_PARALLEL_OPENMP=1") if source.name == "cpu_driver.cpp" else ()
-        yield Unit(source, (*openmp, *shared))
+    flags = {"cpu_driver.cpp": ("-fopenmp", "-DAT_PARALLEL_OPENMP=1")}
+    for source in sorted(CSRC.glob("*.cpp")):
+        if source.stem not in ("absent_drivers", "cpu_kernels", "emulator", "emulator_kernels"):
+            yield Unit(source, (*flags.get(source.name, ()), *shared))
+
+
+def units(torch: Torch) -> Iterator[Unit]:
+    """Every object of the extension. What a build includes decides which objects are linked, and the one that stands in
+    for the drivers it leaves out; the others are the same in every build."""
+    yield from host_units(torch)
+    yield from cpu_kernel_units()
+    emulated = setting("FASTOPT_EMULATOR") == "1"
+    if built := cuda():
+        yield from cuda_units(built)
+    if emulated:
+        yield from emulator_units()
+    present = [name for name, there in (("CUDA", built), ("EMULATOR", emulated)) if there]
+    suffix = "".join(f".{name.lower()}" for name in present)
+    yield Unit(CSRC / "absent_drivers.cpp", tuple(f"-DFASTOPT_WITH_{name}" for name in present), suffix)
 
 
 def shell(words: Iterable[object]) -> str:
@@ -144,9 +287,11 @@ def path(value: object) -> str:
 
 def ninja_text(library: str, torch: Torch) -> str:
     compile_command = f"{shell(CXX)} {shell((*COMMON_FLAGS, f'-I{CSRC}'))} $flags -MMD -MF $out.d -c $in -o $out"
-    link_command = f"{shell(CXX)} -shared -Wl,-s $in -o $out {shell(torch.link_flags())}"
+    cuda_libraries = cuda().link_flags() if cuda() else []
+    link_command = f"{shell(CXX)} -shared -Wl,-s $in -o $out {shell([*torch.link_flags(), *cuda_libraries])}"
     text = [
         f"rule cxx\n  command = {compile_command}\n  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
+        *nvcc_rule(),
         f"rule link\n  command = {link_command}\n  description = LINK $out",
     ]
     objects = []
@@ -157,11 +302,31 @@ def ninja_text(library: str, torch: Torch) -> str:
     return "\n".join(text) + "\n"
 
 
+def nvcc_rule() -> Iterator[str]:
+    """What ptxas says and the PTX are kept beside the object, for the tests that read them."""
+    if not (built := cuda()):
+        return
+    # nvcc finds the host compiler on PATH; one that was chosen, it must be told of.
+    host = ["-ccbin", CXX[-1]] if os.environ.get("CXX") and not os.environ.get("NVCC_CCBIN") else []
+    compile_command = shell((built.nvcc, *host, *NVCC_FLAGS, f"-I{CSRC}"))
+    yield (
+        "rule nvcc\n  command = rm -rf $out.kept && mkdir $out.kept && "
+        f"{compile_command} $flags --keep --keep-dir $out.kept -MD -MF $out.d -c $in -o $out >$out.log 2>&1 "
+        "&& find $out.kept -type f ! -name '*.ptx' -delete || { cat $out.log; false; }\n"
+        "  depfile = $out.d\n  deps = gcc\n  description = NVCC $out"
+    )
+
+
 def find_ninja() -> str | None:
     """The ninja of the wheel (its folder is on nobody's PATH in an isolated build), else the system's."""
     with contextlib.suppress(ImportError):
         return shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
     return shutil.which("ninja")
+
+
+def build_folder(torch: Torch) -> Path:
+    """Not build_ext's build_temp: an editable build's is a new random folder each time, and nothing would be reused."""
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-torch{torch.version}"
 
 
 class NinjaBuild(build_ext):
@@ -176,8 +341,7 @@ class NinjaBuild(build_ext):
         if torch is None or ninja is None:
             raise CompileError(reason_against())
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Not self.build_temp: an editable build's is a new random folder each time, and nothing would be reused.
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-torch{torch.version}"
+        folder = build_folder(torch)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_text(library.name, torch))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -218,17 +382,16 @@ def reason_against() -> str:
 
 def main() -> None:
     required = setting("FASTOPT_EXT") == "1"
-    if setting("FASTOPT_CUDA") == "1" and not any(CSRC.glob("*.cu")):
-        raise SystemExit("FASTOPT_CUDA=1, but this version of fastopt has no CUDA sources; unset it")
     reason = reason_against()
     if reason and required:
         raise SystemExit(f"FASTOPT_EXT=1, but {reason}")
     if reason:
         say(f"installing WITHOUT the compiled extension: {reason}")
     # Decided before setup(): without extension modules the wheel is honestly tagged py3-none-any.
-    sources = sorted(str(source.relative_to(ROOT)) for source in CSRC.glob("*.cpp"))
+    sources = sorted(str(source.relative_to(ROOT)) for source in CSRC.glob("*.c*"))
     extension = Extension("fastopt._C", sources, optional=not required)
     setup(ext_modules=[] if reason else [extension], cmdclass={"build_ext": NinjaBuild})
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,9 @@
 
 namespace fastopt {
 
+inline constexpr int max_slots = 4;          // state tensors of the longest chain
+inline constexpr int max_coefficients = 16;  // coefficients of the longest chain
+
 constexpr int count_words(const char* text) {
   int words = 0;
   for (bool inside = false; *text; ++text) {
@@ -27,6 +30,7 @@ template <class... Stages>
 struct Chain {
   static constexpr int slots = (slots_of<Stages> + ... + 0);
   static constexpr int coefficients = (coefficients_of<Stages> + ... + 0);
+  static_assert(slots <= max_slots && coefficients <= max_coefficients);
 
   template <class Extra>
   using then = Chain<Stages..., Extra>;

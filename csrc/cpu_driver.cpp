@@ -52,11 +52,6 @@ const Kernels<T>& kernels() {
     return instruction_set().f64;
 }
 
-constexpr int64_t size_of(Dtype dtype) {
-  constexpr int64_t sizes[] = {4, 8, 2, 2};
-  return sizes[static_cast<int>(dtype)];
-}
-
 template <class T>
 constexpr Dtype compute_dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
 

@@ -6,17 +6,12 @@
 
 #include "chains.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 namespace fastopt {
 namespace {
 
 template <class Chain, class T>
 void update(const Run<T>& run) {
   constexpr int S = Chain::slots, C = Chain::coefficients;
-  static_assert(S <= max_slots && C <= max_coefficients);
   T* const p = run.p;
   const T* const g = run.g;
   T* s[S + 1];
@@ -35,59 +30,6 @@ void update(const Run<T>& run) {
     p[j] = x;
     for (int k = 0; k < S; ++k) s[k][j] = v[k];
   }
-}
-
-uint32_t bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
-}
-float from_bits(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-// Rounding to odd, so that a second rounding from float to 16 bits is the only one.
-float narrow(float x) { return x; }
-float narrow(double x) {
-  float f = static_cast<float>(x);
-  double back = f;
-  uint32_t u = bits(f);
-  if (back == x || x != x || (u & 1) || (u & 0x7f800000u) == 0x7f800000u) return f;
-  return from_bits((back < x) == (f >= 0) ? u + 1 : u - 1);
-}
-
-float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
-uint16_t to_bf16(float x) {
-  uint32_t u = bits(x);
-  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-float from_f16(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  // Shift exponent and mantissa into place; the multiplication by 2^112 rebiases normals and normalises subnormals.
-  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
-  float scaled = from_bits(magnitude) * 0x1p112f;
-  if ((h & 0x7c00u) == 0x7c00u) scaled = from_bits(magnitude | 0x7f800000u);
-  return from_bits(bits(scaled) | sign);
-#endif
-}
-uint16_t to_f16(float x) {
-#if defined(__F16C__)
-  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-#else
-  uint32_t u = bits(x), sign = (u >> 16) & 0x8000u;
-  u &= 0x7fffffffu;
-  if (u > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (u >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  if (u < 0x38800000u) return static_cast<uint16_t>(sign | (bits(from_bits(u) + 0.5f) - bits(0.5f)));
-  u += 0xfffu + ((u >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((u - 0x38000000u) >> 13));
-#endif
 }
 
 template <class T>

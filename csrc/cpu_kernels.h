@@ -5,13 +5,12 @@
 
 #include <cstdint>
 
+#include "chain.h"
+#include "dtype.h"
+
 namespace fastopt {
 
-inline constexpr int max_slots = 4;          // state tensors of the longest chain
-inline constexpr int max_coefficients = 16;  // coefficients of the longest chain
 inline constexpr int64_t tile_length = 512;  // elements converted at a time: six streams of them stay in a 32 KB L1
-
-enum class Dtype : int8_t { f32, f64, bf16, f16 };
 
 // One contiguous run of elements of compute type T.
 template <class T>

@@ -1,4 +1,5 @@
 // fastopt._C: the Python face of the extension, and the only unit that includes torch's Python headers (27 s).
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #if defined(__linux__)
@@ -63,10 +64,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("chain_names", &fastopt::chain_names);
   m.def("instruction_set", [] { return fastopt::instruction_set().name; });
+  m.def("has_cuda", [] { return fastopt::cuda_driver() != nullptr; });
+  m.def("has_emulator", [] { return fastopt::emulator() != nullptr; });
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
-      .def(py::init([](py::object hyper, py::object counters, py::object ignored, py::object intern) {
-        return translated(
-            [&] { return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr()); });
+      .def(py::init([](py::object hyper, py::object counters, py::object ignored, py::object intern, py::object memory,
+                       bool emulate) {
+        return translated([&] {
+          return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr(), memory.ptr(),
+                                        emulate);
+        });
       }))
       .def("build",
            [](Plan& plan, py::object groups, py::object state, py::object native, py::object rows, py::object fresh) {
@@ -77,5 +83,13 @@ PYBIND11_MODULE(_C, m) {
              return translated([&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()); }) ==
                     fastopt::Verdict::ready;
            })
-      .def("launch", &Plan::launch);
+      .def("devices", &Plan::devices)
+      .def("device_launches", &Plan::device_launches)
+      .def("launch", [](Plan& plan, const std::vector<std::array<uintptr_t, 3>>& steps) {
+        std::vector<Plan::DeviceStep> with;
+        for (const auto& [stream, found_inf, grad_scale] : steps)
+          with.push_back({reinterpret_cast<void*>(stream), reinterpret_cast<const float*>(found_inf),
+                          reinterpret_cast<const float*>(grad_scale)});
+        plan.launch(with);
+      });
 }

@@ -15,15 +15,8 @@ constexpr int64_t examine_grain = 200;  // tensors worth a thread of their own
 constexpr size_t far = 32, near = 16;   // how many entries ahead cache lines are asked for: addresses, then contents
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
-PyObject* interned(const char* text) {
-  PyObject* name = PyUnicode_InternFromString(text);
-  if (!name) throw PythonError{};
-  return name;
-}
-
 struct Names {
-  PyObject *params = interned("params"), *layout = interned("layout"), *slots = interned("slots"),
-           *row = interned("row");
+  PyObject *params = interned("params"), *layout = interned("layout"), *slots = interned("slots");
 };
 const Names& names() {
   static const Names instance;
@@ -40,14 +33,6 @@ uint64_t version_of(PyObject* dict) {
 #else
   return 0;
 #endif
-}
-
-std::vector<Ref> sequence(PyObject* object) {
-  Ref fast = Ref::steal(PySequence_Fast(object, "fastopt: a sequence was expected"));
-  std::vector<Ref> items;
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.get()); ++i)
-    items.emplace_back(PySequence_Fast_GET_ITEM(fast.get(), i));
-  return items;
 }
 
 bool holds(const std::vector<Ref>& refs, PyObject* object) {
@@ -82,14 +67,14 @@ bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype) {
   }
 }
 
-// Memory the CPU kernels can read: strided, on the CPU, of a known dtype, no subclass that intercepts operations, no
-// pending conjugation or negation. The key set decides all but the dtype, and most tensors share one.
+// Memory that kernels can read: strided, on the CPU or a CUDA device, no subclass that intercepts operations, no
+// pending conjugation or negation. The key set decides it all, and most tensors share one.
 bool is_plain(const c10::TensorImpl* impl) {
   thread_local c10::DispatchKeySet last;
   const c10::DispatchKeySet keys = impl->key_set();
   if (keys == last) return true;
-  if (!impl->device().is_cpu() || impl->layout() != c10::Layout::Strided || !impl->has_storage() ||
-      keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Conjugate) ||
+  if (!(impl->device().is_cpu() || impl->device().is_cuda()) || impl->layout() != c10::Layout::Strided ||
+      !impl->has_storage() || keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Conjugate) ||
       keys.has(c10::DispatchKey::Negative) || keys.has(c10::DispatchKey::ZeroTensor))
     return false;
   last = keys;
@@ -179,12 +164,14 @@ void Plan::write(const Counter& counter, double value) {
   }
 }
 
-Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern)
+Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, bool emulate)
     : hyper_(sequence(hyper)),
       counter_keys_(sequence(counters)),
       ignored_(sequence(ignored)),
       intern_(intern),
-      settings_(Ref::steal(PyDict_New())) {
+      settings_(Ref::steal(PyDict_New())),
+      memory_(memory),
+      emulate_(emulate) {
   instruction_set();  // a wish that cannot be met is refused here, before any step
   if (counter_keys_.size() > 2) throw std::invalid_argument("fastopt: at most two counters per parameter");
 }
@@ -201,6 +188,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   if (found) return found;
   for (const Entry& entry : entries_) Py_VISIT(entry.param.get());
   Py_VISIT(intern_.get());
+  Py_VISIT(memory_.get());
   Py_VISIT(settings_.get());
   if (int result = refs(outer_)) return result;
   if (int result = refs(inner_)) return result;
@@ -219,6 +207,8 @@ void Plan::clear() {
   items_.clear();
   active_.clear();
   states_.clear();
+  devices_.clear();
+  const auto blobs = std::exchange(blobs_, {});
   // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
   const auto entries = std::exchange(entries_, {});
   const auto memo = std::exchange(memo_, {}), older = std::exchange(older_, {});
@@ -359,7 +349,8 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
     Slot& slot = entry.slots[entry.slot_count++];
     const c10::TensorImpl* impl = impl_of(object);
-    if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != entry.memory.impl->sizes())
+    if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != entry.memory.impl->sizes() ||
+        impl->device() != entry.memory.impl->device())
       throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
     slot.object = object;
     slot.memory = memory_of(object);
@@ -370,7 +361,7 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a counter is not a tensor");
     Counter& counter = entry.counters[entry.counter_count++];
     const c10::TensorImpl* impl = impl_of(object);
-    if (!is_plain(impl) || impl->numel() != 1)
+    if (!is_plain(impl) || !impl->device().is_cpu() || impl->numel() != 1)
       throw std::invalid_argument("fastopt: a counter is not a single number on the CPU");
     switch (impl->dtype().toScalarType()) {
       case c10::ScalarType::Float:
@@ -413,7 +404,7 @@ void Plan::lay_out(Entry& entry) {
 void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
   const c10::TensorImpl* impl = impl_of(entry.param.get());
   if (!is_plain(impl) || !dtype_of(impl, &entry.dtype))
-    throw std::invalid_argument("fastopt: a parameter that the CPU kernels cannot take was planned for them");
+    throw std::invalid_argument("fastopt: a parameter that the kernels cannot take was planned for them");
   entry.n = impl->numel();
   entry.memory = memory_of(entry.param.get());
   entry.meta = impl->autograd_meta();
@@ -426,6 +417,63 @@ void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys);
   if (!entry.has_state) entry.slot_count = entry.counter_count = 0;
   lay_out(entry);
+  entry.device = -1;
+  if (impl->device().is_cuda() || emulate_) plan_device(entry);
+}
+
+namespace {
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % alignment == 0; }
+
+}  // namespace
+
+// Enters a parameter into the tables of its device, with the gradient it has now: one of another kind later on, and
+// the tables are made again.
+void Plan::plan_device(Entry& entry) {
+  const c10::TensorImpl *p = entry.memory.impl, *grad = grad_of(p);
+  entry.g_dtype = entry.dtype;
+  if (grad && is_plain(grad) && grad->sizes() == p->sizes() && dtype_of(grad, &entry.g_dtype)) {
+    if (entry.layout || !same_strides(p, grad)) layout_with(entry, grad->strides());
+    if (!is_aligned(grad->data())) misaligned_.insert(entry.param.get());
+  }
+  DeviceEntry planned{};
+  DeviceTensor& tensor = planned.tensor;
+  tensor.p = entry.memory.data;
+  tensor.n = entry.n;
+  tensor.row_length = entry.rows > 0 ? entry.n / entry.rows : 0;
+  tensor.p_dtype = entry.dtype;
+  tensor.g_dtype = entry.g_dtype;
+  entry.aligned = is_aligned(tensor.p) && !misaligned_.count(entry.param.get());
+  for (int k = 0; k < entry.slot_count; ++k) {
+    tensor.s[k] = entry.slots[k].memory.data;
+    tensor.s_dtype[k] = entry.slots[k].dtype;
+    entry.aligned = entry.aligned && is_aligned(tensor.s[k]);
+  }
+  planned.layout = entry.layout.get();
+
+  const int index = emulate_ ? 0 : p->device().index();
+  size_t k = 0;
+  while (k < devices_.size() && devices_[k].device() != index) ++k;
+  if (k == devices_.size()) {
+    const DeviceDriver* driver = emulate_ ? emulator() : cuda_driver();
+    if (!driver) throw std::invalid_argument("fastopt: this extension was built without the device's kernels");
+    devices_.emplace_back(*driver, index);
+  }
+  entry.device = static_cast<int8_t>(k);
+  entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned));
+}
+
+void Plan::place_devices() {
+  const DeviceMemory memory{
+      [this](int device, size_t bytes) {
+        blobs_.push_back(Ref::steal(PyObject_CallMethod(memory_.get(), "allocate", "in", device, bytes)));
+        return static_cast<char*>(data_of(impl_of(blobs_.back().get())));
+      },
+      [this](int, char*, const char* from, size_t bytes) {
+        Ref::steal(PyObject_CallMethod(memory_.get(), "upload", "OKn", blobs_.back().get(),
+                                       reinterpret_cast<unsigned long long>(from), bytes));
+      }};
+  for (DevicePlan& device : devices_) device.place(memory);
 }
 
 void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
@@ -478,6 +526,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
     states_.push_back({value, version_of(value), first, inner_.size() - first});
   }
   state_version_ = version_of(state);
+  place_devices();
   built_ = true;
 }
 
@@ -491,70 +540,7 @@ void Plan::trim() {
   for (Group& group : groups_) group.last_row = nullptr;
 }
 
-size_t Plan::Memo::slot(const RowKey& key) const {
-  uint64_t h = reinterpret_cast<uint64_t>(key.setting) >> 4;
-  uint64_t t, carry;
-  std::memcpy(&t, &key.t, sizeof t);
-  std::memcpy(&carry, &key.carry, sizeof carry);
-  h = (h ^ t) * 0x9E3779B97F4A7C15u;
-  h = (h ^ carry ^ (h >> 29)) * 0xBF58476D1CE4E5B9u + key.single * 2 + key.sync;
-  size_t i = (h ^ (h >> 32)) & (table_.size() - 1);
-  while (table_[i] >= 0 && !(rows_[table_[i]].first == key)) i = (i + 1) & (table_.size() - 1);
-  return i;
-}
-
-const Plan::Row* Plan::Memo::find(const RowKey& key) const {
-  if (used_ == 0) return nullptr;
-  const int32_t at = table_[slot(key)];
-  return at < 0 ? nullptr : &rows_[at].second;
-}
-
-Plan::Row& Plan::Memo::insert(const RowKey& key) {
-  if (table_.size() < 4 * (used_ + 1)) {
-    table_.assign(std::max<size_t>(4 * usual, table_.size() * 4), -1);
-    for (size_t i = 0; i < used_; ++i) table_[slot(rows_[i].first)] = static_cast<int32_t>(i);
-  }
-  const size_t i = slot(key);
-  if (used_ == rows_.size()) rows_.emplace_back();
-  rows_[used_].first = key;
-  table_[i] = static_cast<int32_t>(used_);
-  return rows_[used_++].second;
-}
-
-void Plan::Memo::clear() {
-  std::fill(table_.begin(), table_.end(), -1);
-  used_ = 0;
-}
-
-void Plan::Memo::visit_settings(const std::function<void(PyObject*)>& visit) const {
-  for (const auto& [key, row] : rows_) visit(row.setting.get());
-}
-
-void Plan::compute_row(const RowKey& key, Row& row) {
-  Ref t = Ref::steal(PyFloat_FromDouble(key.t)), carry = Ref::steal(PyFloat_FromDouble(key.carry));
-  Ref result =
-      Ref::steal(PyObject_CallMethodObjArgs(key.setting, names().row, t.get(), carry.get(),
-                                            key.single ? Py_True : Py_False, key.sync ? Py_True : Py_False, nullptr));
-  long chain, first_slot, slots;
-  double next;
-  PyObject* values;
-  if (!PyArg_ParseTuple(result.get(), "lllO!d", &chain, &first_slot, &slots, &PyTuple_Type, &values, &next))
-    throw PythonError{};
-  const Py_ssize_t n = PyTuple_GET_SIZE(values);
-  if (n > max_coefficients) throw std::invalid_argument("fastopt: too many coefficients");
-  row.setting = Ref(key.setting);
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    row.f64[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(values, i));
-    if (row.f64[i] == -1.0 && PyErr_Occurred()) throw PythonError{};
-    row.f32[i] = static_cast<float>(row.f64[i]);
-  }
-  row.carry = next;
-  row.chain = static_cast<int16_t>(chain);
-  row.first_slot = static_cast<int8_t>(first_slot);
-  row.slots = static_cast<int8_t>(slots);
-}
-
-const Plan::Row* Plan::row_for(Group& group, const RowKey& key) {
+const Row* Plan::row_for(Group& group, const RowKey& key) {
   if (group.last_row && group.last_key == key) return group.last_row;
   const Row* row = memo_.find(key);
   if (!row) row = older_.find(key);
@@ -579,6 +565,11 @@ void Plan::add_item(Entry& entry, Group& group, const Found& found, bool sync) {
     key.single = entry.counter_count < 2 || entry.counters[1].kind == CounterKind::f32;
   }
   const Row* row = row_for(group, key);
+  active_.push_back({&entry, row, stepped});
+  if (entry.device >= 0) {
+    devices_[entry.device].set(entry.number, stepped ? found.data : entry.memory.data, *row);
+    return;
+  }
   const bool flat = stepped ? found.flat : !entry.layout;
   Item& item = items_.emplace_back();
   item.p = entry.memory.data;
@@ -597,7 +588,6 @@ void Plan::add_item(Entry& entry, Group& group, const Found& found, bool sync) {
   }
   item.layout = flat ? nullptr : layout_with(entry, stepped ? found.grad->strides() : entry.memory.impl->strides());
   item.direct = flat && entry.one_dtype && item.g_dtype == entry.dtype;
-  active_.push_back({&entry, row, stepped});
   total_ += entry.n;
 }
 
@@ -622,6 +612,7 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
   if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
+  for (DevicePlan& device : devices_) device.begin_step();
   for (size_t i = 0; i < groups_.size(); ++i)
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   if (!check_state(state)) return Verdict::rebuild;
@@ -669,9 +660,19 @@ void Plan::examine(size_t begin, size_t end) {
 bool Plan::check_grad(const Entry& entry, Found& found) {
   const c10::TensorImpl *p = entry.memory.impl, *grad = found.grad;
   if (!is_plain(grad) || !dtype_of(grad, &found.dtype) || grad->sizes() != p->sizes()) return false;
+  if (entry.device >= 0 && !fits_table(entry, found)) return false;
   found.flat = !entry.layout && ((entry.memory.contiguous && grad->is_contiguous()) || same_strides(p, grad));
   found.data = grad->data();
   return found.data || entry.n == 0;  // a released storage has no address
+}
+
+// Whether a gradient is of the kind that a device's table says it is.
+bool Plan::fits_table(const Entry& entry, const Found& found) {
+  const c10::TensorImpl *p = entry.memory.impl, *grad = found.grad;
+  if (found.dtype != entry.g_dtype || grad->device() != p->device()) return false;
+  if (entry.aligned && !is_aligned(grad->data())) return false;
+  if (entry.layout) return grad->strides() == c10::IntArrayRef(entry.layout->strides[1]);
+  return (entry.memory.contiguous && grad->is_contiguous()) || same_strides(p, grad);
 }
 
 void Plan::prefetch(const Entry& entry) {
@@ -738,16 +739,32 @@ class Unlocked {
 
 }  // namespace
 
-void Plan::launch() {
+std::vector<int> Plan::devices() const {
+  std::vector<int> indices;
+  for (const DevicePlan& device : devices_) indices.push_back(device.device());
+  return indices;
+}
+
+int Plan::device_launches() const {
+  int launches = 0;
+  for (const DevicePlan& device : devices_) launches += device.launches();
+  return launches;
+}
+
+void Plan::launch(const std::vector<DeviceStep>& steps) {
+  if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
   parallel(static_cast<int64_t>(active_.size()), examine_grain,
            [this](int64_t begin, int64_t end) { commit(static_cast<size_t>(begin), static_cast<size_t>(end)); });
+  for (size_t k = 0; k < devices_.size(); ++k)
+    devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);
   if (total_ < release_above) {
     driver_.run(items_);
     return;
   }
   // Another thread may drop a gradient while the kernels read it, so hold them all.
   for (const Active& active : active_)
-    if (active.stepped) kept_.push_back(active.entry->memory.impl->autograd_meta()->grad().getIntrusivePtr());
+    if (active.stepped && active.entry->device < 0)
+      kept_.push_back(active.entry->memory.impl->autograd_meta()->grad().getIntrusivePtr());
   {
     const Unlocked unlocked(running_);
     driver_.run(items_);

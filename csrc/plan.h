@@ -7,49 +7,17 @@
 // address is never mistaken for the object that was there.
 #pragma once
 
-#include <Python.h>
-#include <c10/core/TensorImpl.h>
-
-#include <deque>
-#include <functional>
 #include <memory>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "cpu_driver.h"
+#include "device_plan.h"
+#include "memo.h"
+#include "python.h"
 
 namespace fastopt {
-
-// Implemented by module.cpp, the only unit that knows torch's Python headers.
-bool is_tensor(PyObject* object);
-c10::TensorImpl* impl_of(PyObject* tensor);
-
-struct PythonError {};  // a Python exception is set
-
-// A strong reference.
-class Ref {
- public:
-  Ref() = default;
-  explicit Ref(PyObject* borrowed) : object_(borrowed) { Py_XINCREF(object_); }
-  static Ref steal(PyObject* owned) {
-    if (!owned) throw PythonError{};
-    Ref ref;
-    ref.object_ = owned;
-    return ref;
-  }
-  Ref(const Ref& other) : Ref(other.object_) {}
-  Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
-  Ref& operator=(Ref other) {
-    std::swap(object_, other.object_);
-    return *this;
-  }
-  ~Ref() { Py_XDECREF(object_); }
-  PyObject* get() const { return object_; }
-  explicit operator bool() const { return object_; }
-
- private:
-  PyObject* object_ = nullptr;
-};
 
 enum class Verdict { ready = 0, rebuild = 1 };
 
@@ -57,14 +25,25 @@ class Plan {
  public:
   // hyper: the group keys that make a setting. counters: the state keys of 0-dim counters, "step" first. ignored: group
   // keys that change every step and mean nothing here. intern: the Python callable group -> setting.
-  Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern);
+  // memory: the Python object that allocates device memory. emulate: run the device kernels on CPU tensors.
+  Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, bool emulate);
 
   // Per group a sequence over its parameters: whether the kernels take it, over how many leading slices its gradient is
   // centralised (0: not), and whether its state is fresh.
   void build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh);
   // sync: None, or per group whether the slow weights synchronise.
   Verdict gather(PyObject* groups, PyObject* state, PyObject* sync);
-  void launch();
+  // The devices that launch() will be asked for, beside the host.
+  std::vector<int> devices() const;
+  // For each of devices(): the stream to use and, or null, where the overflow flag and the loss scale are.
+  struct DeviceStep {
+    void* stream;
+    const float* found_inf;
+    const float* grad_scale;
+  };
+  void launch(const std::vector<DeviceStep>& steps);
+  // How many kernels the last launch() started on devices.
+  int device_launches() const;
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
@@ -105,48 +84,14 @@ class Plan {
     int8_t counter_count;
     bool native;
     bool has_state;
-    bool fresh;      // no step was taken with the state it has
-    bool one_dtype;  // p and states have the compute type
+    int8_t device;    // in devices_; -1: the host's kernels
+    Dtype g_dtype;    // on a device: what its table says of the gradient
+    bool aligned;     // on a device: every stream must start at 16 bytes
+    uint32_t number;  // in its device's plan
+    bool fresh;       // no step was taken with the state it has
+    bool one_dtype;   // p and states have the compute type
     Counter counters[2];
     Slot slots[max_slots];
-  };
-  struct Row {
-    Ref setting;  // the memo is keyed by its address
-    alignas(64) float f32[max_coefficients];
-    alignas(64) double f64[max_coefficients];
-    double carry;
-    int16_t chain;
-    int8_t first_slot;
-    int8_t slots;
-  };
-  struct RowKey {
-    PyObject* setting;
-    double t;      // the step to take, from 1; 0: no gradient, slow weights only
-    double carry;  // the second counter's value
-    bool single;   // the second counter is float32, and its next value is rounded to it
-    bool sync;
-    bool operator==(const RowKey& other) const {
-      return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
-             sync == other.sync;
-    }
-  };
-  // Coefficient rows by key, in storage that is reused and never moves, so that the steady state allocates nothing.
-  class Memo {
-   public:
-    static constexpr size_t usual = 64;  // rows of a generation, unless one step needs more
-    Memo() : rows_(usual) {}
-    const Row* find(const RowKey& key) const;
-    Row& insert(const RowKey& key);
-    size_t size() const { return used_; }
-    void clear();
-    void visit_settings(const std::function<void(PyObject*)>& visit) const;
-
-   private:
-    size_t slot(const RowKey& key) const;
-
-    std::deque<std::pair<RowKey, Row>> rows_;
-    std::vector<int32_t> table_;  // open addressing, a power of two; -1: empty
-    size_t used_ = 0;
   };
   struct Group {
     Ref dict;
@@ -194,9 +139,12 @@ class Plan {
   void build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   void lay_out(Entry& entry);
+  void plan_device(Entry& entry);
+  void place_devices();
   void examine(size_t begin, size_t end);
   void commit(size_t begin, size_t end);
   static bool check_grad(const Entry& entry, Found& found);
+  static bool fits_table(const Entry& entry, const Found& found);
   static const Layout* layout_with(Entry& entry, c10::IntArrayRef gradient);
   static void prefetch(const Entry& entry);
   const c10::TensorImpl* find_grad(const Entry& entry) const;
@@ -204,7 +152,6 @@ class Plan {
   static bool unchanged(PyObject* tensor, const Memory& memory);
   void add_item(Entry& entry, Group& group, const Found& found, bool sync);
   const Row* row_for(Group& group, const RowKey& key);
-  void compute_row(const RowKey& key, Row& row);
   void trim();
 
   std::vector<Ref> hyper_, counter_keys_, ignored_;
@@ -225,6 +172,11 @@ class Plan {
   bool built_ = false;
   bool running_ = false;
   CpuDriver driver_;
+  Ref memory_;
+  bool emulate_;
+  std::vector<DevicePlan> devices_;
+  std::vector<Ref> blobs_;                    // device memory of devices_
+  std::unordered_set<PyObject*> misaligned_;  // parameters met with a misaligned gradient: only a hint
 };
 
 }  // namespace fastopt

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from fastopt import backends, routing, stages
 from fastopt.backends import native, reference
+from fastopt.backends.amp import NONE, Amp
 from fastopt.chain import Chain
 from fastopt.plan import PythonPlan, check_state, missing_state
 from fastopt.rule import Rule, Setting, Settings
@@ -33,6 +34,7 @@ class Route:
     backend: str
     reason: str = ""
     passing: bool = False  # the reason may be gone at the next step
+    device: bool = False  # kernels of a device, which read a loss scale and an overflow where they lie
 
 
 class Engine:
@@ -60,8 +62,11 @@ class Engine:
         each group whether its slow weights synchronise at this step.
         """
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
-        if (found_inf := scaler.get("found_inf")) is not None and found_inf.item():
-            return False
+        scaled = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if "found_inf" in scaler else NONE
+        if scaled.found_inf is not None and not self._defers():
+            if scaled.found_inf.item():
+                return False
+            scaled = Amp(scaled.scale)
         if self._torch and self._outdated(optimizer):
             self.prepare(optimizer)
         for attempt in range(3):
@@ -72,15 +77,25 @@ class Engine:
                     "parameters, gradients or state changed while the step was being prepared; call step() again"
                 )
             self.prepare(optimizer)
-        if (scale := scaler.get("grad_scale")) is not None:
-            _unscale(optimizer, scale)
+        if scaled.scale is not None:
+            self._unscale(optimizer, scaled.scale)
         if self._torch:
             self._step_torch(optimizer, sync)
         for plan in self._plans.values():
-            plan.launch()
+            plan.launch(scaled)
         if self._fresh:
             self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
         return True
+
+    def _defers(self) -> bool:
+        """Whether all that an overflow must leave alone is in the hands of kernels that look for it themselves."""
+        return bool(
+            self._routes
+            and all(route.device for route in self._routes.values())
+            and not self._fresh
+            and not self.rule.counters
+            and self.rule.slow is None
+        )
 
     def _gather(self, optimizer: Optimizer, sync: Sequence[bool] | None) -> bool:
         return all(plan.gather(optimizer.param_groups, optimizer.state, sync) for plan in self._plans.values())
@@ -104,8 +119,9 @@ class Engine:
             plan.build(groups, optimizer.state, takes, rows, fresh)
 
     def _make_plan(self, name: str) -> Any:
-        if name == "native":
-            return native.make_plan(self.settings.keys, tuple(self.rule.counters), self.ignored, self.settings.of)
+        if name in ("native", "emulated"):
+            keys, counters = self.settings.keys, tuple(self.rule.counters)
+            return native.make_plan(keys, counters, self.ignored, self.settings.of, emulate=name == "emulated")
         return PythonPlan(self.settings.of)
 
     def routes(self, optimizer: Optimizer) -> dict[int, Route]:
@@ -132,7 +148,10 @@ class Engine:
         chosen = backends.choose(p.device.type, self.asked)
         if chosen is None:
             return Route(rest, backends.why_not("native", p.device.type))
-        return Route(chosen)
+        device = chosen != "reference" and (chosen, p.device.type) != ("native", "cpu")
+        if device and p.dim() > routing.MOST_DIMS:
+            return Route(rest, f"{p.dim()} dimensions; the kernels of a device take up to {routing.MOST_DIMS}")
+        return Route(chosen, device=device)
 
     def _left(self, optimizer: Optimizer) -> list[list[Tensor]]:
         """The parameters of each group, as the groups are now, that torch's code takes."""
@@ -170,6 +189,14 @@ class Engine:
         tensor = self._fresh.get(p)
         return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
 
+    def _unscale(self, optimizer: Optimizer, scale: Tensor) -> None:
+        """Divide gradients by the loss scale and write them back, as torch's fused kernels do; devices' kernels do too."""
+        params = [p for group in optimizer.param_groups for p in group["params"] if not self._routes[id(p)].device]
+        with torch.no_grad():
+            for p in params:
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
+
     def _step_torch(self, optimizer: Optimizer, sync: Sequence[bool] | None) -> None:
         """torch's own code for the parameters the kernels do not take, then their slow weights."""
         assert self.torch_step is not None
@@ -199,14 +226,6 @@ def pull_back(p: Tensor, slow: Tensor | None, alpha: float) -> None:
 
 
 _PULL = Chain((stages.lookahead,))
-
-
-def _unscale(optimizer: Optimizer, scale: Tensor) -> None:
-    """Divide the gradients by the loss scale and write them back, as torch's fused kernels do."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    with torch.no_grad():
-        for grad in grads:
-            grad.div_(scale.to(grad.device))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastopt import routing
 from fastopt.backends import reference
+from fastopt.backends.amp import NONE, Amp
 from fastopt.rule import Row, Setting
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -164,7 +165,7 @@ class PythonPlan:
         return Work(p, p.grad, setting, row, tensors, rows, counters if t else [])
 
     @torch.no_grad()
-    def launch(self) -> None:
+    def launch(self, amp: Amp = NONE) -> None:
         for work in self._work:
             if work.counters:
                 work.counters[0].add_(1)

@@ -14,6 +14,8 @@ from torch import Tensor
 from fastopt.rule import Setting
 
 RELEASED = "its storage was released"
+MOST_DIMS = 8
+"""Dimensions of a tensor that the kernels of a device can walk (csrc/device.h)."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -19,7 +19,7 @@ import torch
 import fastopt
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "emulated")
 TORCH_NAMES = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam")
 
 

@@ -11,8 +11,12 @@ from collections.abc import Callable
 
 from fastopt.backends import native, reference
 
-_WHY_NOT: dict[str, Callable[[str], str]] = {"native": native.why_not, "reference": reference.why_not}
-NAMES = tuple(_WHY_NOT)
+NAMES = ("native", "reference")
+_WHY_NOT: dict[str, Callable[[str], str]] = {
+    "native": native.why_not,
+    "reference": reference.why_not,
+    "emulated": native.why_not_emulated,
+}
 
 
 def why_not(name: str, device: str = "cpu") -> str:

@@ -1,7 +1,8 @@
-"""The compiled extension: CPU kernels of every chain, and the Plan that drives them."""
+"""The compiled extension: kernels of every chain for the CPU and, where nvcc was there, for CUDA devices; its Plan."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import warnings
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastopt.backends.amp import Amp
 from fastopt.chain import Chain
 
 _REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps fastopt` (or `make build`)"
@@ -52,9 +54,25 @@ def extension() -> ModuleType | None:
 
 
 def why_not(device: str = "cpu") -> str:
-    if device != "cpu":
-        return f"the native backend has no {device} kernels in this version"
-    return _load()[1]
+    module, reason = _load()
+    if module is None or device == "cpu":
+        return reason
+    if device != "cuda":
+        return f"the native backend has no {device} kernels"
+    if not module.has_cuda():
+        return (
+            "the compiled extension was built without CUDA kernels: put nvcc on PATH (or set CUDA_HOME), set "
+            "FASTOPT_CUDA=1, then " + _REBUILD
+        )
+    return ""
+
+
+def why_not_emulated(device: str = "cpu") -> str:
+    """The GPU kernels' source run on the CPU, lane by lane: for tests, never chosen automatically."""
+    module, reason = _load()
+    if module is None or module.has_emulator():
+        return reason if device == "cpu" else "the emulated device is the CPU"
+    return "the compiled extension was built without the emulator: set FASTOPT_EMULATOR=1, then " + _REBUILD
 
 
 @cache
@@ -80,7 +98,53 @@ def advise_huge_pages(t: Tensor) -> None:
         module.advise_huge_pages(t.data_ptr(), t.untyped_storage().nbytes())
 
 
-def make_plan(hyper: tuple[str, ...], counters: tuple[str, ...], ignored: tuple[str, ...], intern: Any) -> Any:
+class DeviceMemory:
+    """Memory for the tables of a plan, from torch's allocator."""
+
+    def __init__(self, emulate: bool) -> None:
+        self._device = "cpu" if emulate else "cuda:{}"
+
+    def allocate(self, device: int, nbytes: int) -> Tensor:
+        if self._device != "cpu" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and this step has to make new tables (parameters, state or gradients "
+                "are not what they were): run a step on the same tensors before capturing"
+            )
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device.format(device))
+
+    def upload(self, to: Tensor, address: int, nbytes: int) -> None:
+        host = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+        to[:nbytes].copy_(host)  # returns when the host memory may be reused
+
+
+class Plan:
+    """The compiled plan, told on which streams to run and where a loss scale lies."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.build, self.gather = core.build, core.gather
+
+    def launch(self, amp: Amp) -> None:
+        self._core.launch([self._step(device, amp) for device in self._core.devices()])
+
+    @property
+    def launches(self) -> int:
+        """How many kernels the last step launched on devices."""
+        return int(self._core.device_launches())
+
+    def _step(self, device: int, amp: Amp) -> tuple[int, int, int]:
+        return torch._C._cuda_getCurrentRawStream(device), *amp.addresses(f"cuda:{device}")
+
+
+class EmulatedPlan(Plan):
+    def _step(self, device: int, amp: Amp) -> tuple[int, int, int]:
+        return 0, *amp.addresses("cpu")
+
+
+def make_plan(
+    hyper: tuple[str, ...], counters: tuple[str, ...], ignored: tuple[str, ...], intern: Any, emulate: bool = False
+) -> Plan:
     module = extension()
     assert module is not None, why_not()
-    return module.Plan(hyper, counters, ignored, intern)
+    core = module.Plan(hyper, counters, ignored, intern, DeviceMemory(emulate), emulate)
+    return EmulatedPlan(core) if emulate else Plan(core)

@@ -1,0 +1,36 @@
+// What a device offers to the plan: its kernels, launched on a stream. Two implementations: cuda_driver.cu, and
+// emulator.cpp for tests, where the device is the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "device.h"
+
+namespace fastopt {
+
+// Where kernels go: a device by number and its stream as the raw handle torch uses. Work is only enqueued.
+struct Target {
+  int device;
+  void* stream;
+};
+
+// Parameters of one launch: an Arguments<tier> and how many warps it asks for.
+struct Launch {
+  int tier;
+  const void* arguments;
+  uint32_t warps;
+};
+
+// Failures are thrown as std::runtime_error that names the kernel.
+struct DeviceDriver {
+  const char* name;
+  bool has_mix[mixes];  // kernels compiled for it; where they are not, an any_ mix does the work
+  void (*update)(const Target&, const Launch&, Mix mix, int chain, bool centralise);
+  void (*sum_rows)(const Target&, const Launch&, bool wide);  // wide: the compute type is double
+};
+
+// Null where the extension was built without.
+const DeviceDriver* cuda_driver();
+const DeviceDriver* emulator();
+
+}  // namespace fastopt

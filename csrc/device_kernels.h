@@ -1,0 +1,383 @@
+// The kernels' bodies: what a warp does with its work item. nvcc compiles them for the lanes of a warp; for tests g++
+// compiles them too, and the lanes run one after the other (emulator.cpp).
+#pragma once
+
+#include "chains.h"
+#include "device.h"
+
+namespace fastopt {
+
+// The dtypes of a mix. V elements are 16 bytes of the narrowest stream.
+template <Dtype PG, Dtype S, class Compute>
+struct Dense {
+  static constexpr bool any = false;
+  static constexpr Dtype p_dtype = PG, s_dtype = S;
+  using T = Compute;
+  using P = Stored<PG>;
+  using State = Stored<S>;
+  using PRaw = typename P::Raw;
+  using SRaw = typename State::Raw;
+  static constexpr int V = alignment / (size_of(PG) < size_of(S) ? size_of(PG) : size_of(S));
+};
+template <class Compute>
+struct Any {
+  static constexpr bool any = true;
+  using T = Compute;
+  using PRaw = void;
+  using SRaw = void;
+  static constexpr int V = 1;
+};
+
+template <Mix mix>
+struct MixOf;
+template <>
+struct MixOf<Mix::f32> : Dense<Dtype::f32, Dtype::f32, float> {};
+template <>
+struct MixOf<Mix::f64> : Dense<Dtype::f64, Dtype::f64, double> {};
+template <>
+struct MixOf<Mix::bf16> : Dense<Dtype::bf16, Dtype::bf16, float> {};
+template <>
+struct MixOf<Mix::f16> : Dense<Dtype::f16, Dtype::f16, float> {};
+template <>
+struct MixOf<Mix::bf16_f32> : Dense<Dtype::bf16, Dtype::f32, float> {};
+template <>
+struct MixOf<Mix::f16_f32> : Dense<Dtype::f16, Dtype::f32, float> {};
+template <>
+struct MixOf<Mix::any_f32> : Any<float> {};
+template <>
+struct MixOf<Mix::any_f64> : Any<double> {};
+
+struct alignas(alignment) Sixteen {
+  uint32_t word[4];
+};
+
+// Each address is read once and written once in a step: reads need no place in L1, and what is written as state is not
+// read again before the next step.
+FASTOPT_HD Sixteen read16(const void* from) {
+  Sixteen x;
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+               : "l"(from));
+#else
+  memcpy(&x, from, sizeof x);
+#endif
+  return x;
+}
+FASTOPT_HD void write16(void* to, const Sixteen& x, bool streaming) {
+#if defined(__CUDA_ARCH__)
+  if (streaming)
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+                 : "memory");
+  else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+                 : "memory");
+#else
+  (void)streaming;
+  memcpy(to, &x, sizeof x);
+#endif
+}
+
+// V elements of a stream, in accesses of 16 bytes. All of a tensor's are read before any is converted.
+template <class S, int V>
+struct Vector {
+  static constexpr int each = alignment / sizeof(typename S::Raw);
+  static constexpr int parts = V / each;
+  Sixteen part[parts];
+
+  FASTOPT_HD static Vector read(const typename S::Raw* from) {
+    Vector v;
+#pragma unroll
+    for (int k = 0; k < parts; ++k) v.part[k] = read16(from + k * each);
+    return v;
+  }
+  FASTOPT_HD void write(typename S::Raw* to, bool streaming) const {
+#pragma unroll
+    for (int k = 0; k < parts; ++k) write16(to + k * each, part[k], streaming);
+  }
+  template <class T>
+  FASTOPT_HD T get(int i) const {
+    typename S::Raw raw[each];
+    memcpy(raw, &part[i / each], sizeof raw);
+    return S::template load<T>(raw[i % each]);
+  }
+  template <class T>
+  FASTOPT_HD void set(int i, T value) {
+    typename S::Raw raw[each];
+    memcpy(raw, &part[i / each], sizeof raw);
+    raw[i % each] = S::template store<T>(value);
+    memcpy(&part[i / each], raw, sizeof raw);
+  }
+};
+
+// Knuth's two-sum. Its error term of infinities is NaN, which total() knows.
+FASTOPT_HD Pair add(Pair a, Pair b) {
+  const double hi = a.hi + b.hi, z = hi - a.hi;
+  return {hi, a.lo + b.lo + ((a.hi - (hi - z)) + (b.hi - z))};
+}
+FASTOPT_HD double total(Pair sum) {
+  const double both = sum.hi + sum.lo;
+  return both == both ? both : sum.hi;
+}
+
+// One element of a stream whose dtype is only known now.
+template <class T>
+FASTOPT_HD T read_any(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::f32:
+      return static_cast<T>(static_cast<const float*>(data)[i]);
+    case Dtype::f64:
+      return static_cast<T>(static_cast<const double*>(data)[i]);
+    case Dtype::bf16:
+      return static_cast<T>(from_bf16(static_cast<const uint16_t*>(data)[i]));
+    default:
+      return static_cast<T>(from_f16(static_cast<const uint16_t*>(data)[i]));
+  }
+}
+template <class T>
+FASTOPT_HD void write_any(void* data, Dtype dtype, int64_t i, T x) {
+  switch (dtype) {
+    case Dtype::f32:
+      static_cast<float*>(data)[i] = static_cast<float>(x);
+      break;
+    case Dtype::f64:
+      static_cast<double*>(data)[i] = static_cast<double>(x);
+      break;
+    case Dtype::bf16:
+      static_cast<uint16_t*>(data)[i] = to_bf16(narrow(x));
+      break;
+    default:
+      static_cast<uint16_t*>(data)[i] = to_f16(narrow(x));
+  }
+}
+
+// Where element i of a shape lies in one of its streams.
+FASTOPT_HD int64_t offset_of(const DeviceStrides* layout, int stream, int64_t i) {
+  if (!layout) return i;
+  int64_t offset = 0;
+  for (int d = layout->dims - 1; d >= 0; --d) {
+    offset += i % layout->sizes[d] * layout->strides[stream][d];
+    i /= layout->sizes[d];
+  }
+  return offset;
+}
+
+// The gradient of a tensor, for what needs nothing else of it.
+template <class T>
+struct Gradient {
+  const void* data;
+  const float* scale;
+  const DeviceStrides* strides;
+  Dtype dtype;
+
+  FASTOPT_HD T operator[](int64_t i) const {
+    const T g = read_any<T>(data, dtype, offset_of(strides, 1, i));
+    return scale ? g / static_cast<T>(*scale) : g;
+  }
+  // This lane's part of the sum of [begin, end).
+  FASTOPT_HD Pair sum(int64_t begin, int64_t end, int lane) const {
+    Pair all{0, 0};
+    for (int64_t i = begin + lane; i < end; i += lanes) all = add(all, {static_cast<double>((*this)[i]), 0});
+    return all;
+  }
+};
+
+// One tensor's streams and coefficients, and the chain applied to a range of them.
+template <class Chain, Mix mix>
+struct Update {
+  using M = MixOf<mix>;
+  using T = typename M::T;
+  static constexpr int S = Chain::slots, C = Chain::coefficients, V = M::V;
+
+  const DeviceTensor& tensor;
+  void* p;
+  void* g;
+  void* s[S + 1];
+  T c[C + 1];
+  T shift;  // taken off every gradient
+  const float* scale;
+
+  FASTOPT_HD Update(const LaunchHeader& header, const unsigned char* payload, uint32_t number, const void* gradient)
+      : tensor(header.table[number]), p(tensor.p), g(const_cast<void*>(gradient)), shift(0), scale(header.grad_scale) {
+#pragma unroll
+    for (int k = 0; k < S; ++k) s[k] = tensor.s[header.first_slot + k];
+    if (header.rows) {
+#pragma unroll
+      for (int k = 0; k < C; ++k) c[k] = static_cast<T>(header.rows[number].c[k]);
+    } else {
+      const auto* numbers = reinterpret_cast<const uint16_t*>(payload + header.indices_at);
+      const T* row =
+          reinterpret_cast<const T*>(payload + header.rows_at) + uint32_t{numbers[number - header.first_tensor]} * C;
+#pragma unroll
+      for (int k = 0; k < C; ++k) c[k] = row[k];
+    }
+  }
+
+  FASTOPT_HD Gradient<T> gradient() const { return {g, scale, tensor.strides, tensor.g_dtype}; }
+
+  // This lane's part of the elements [begin, end).
+  FASTOPT_HD void range(int64_t begin, int64_t end, int lane) const {
+    if constexpr (M::any) {
+      for (int64_t i = begin + lane; i < end; i += lanes) any_element(i);
+    } else {
+      // From a whole vector on, in 32 bits. Fewer than V elements lie before the first whole vector and fewer than V
+      // after the last: together less than a warp.
+      const int64_t base = begin / V * V;
+      const Streams at = streams(base);
+      const int from = static_cast<int>(begin - base), to = static_cast<int>(end - base);
+      const int up = from > 0 ? V : 0, first = up < to ? up : to, last = first < to / V * V ? to / V * V : first;
+      for (int i = first + lane * V; i < last; i += lanes * V) vector(at, i);
+      const int head = first - from, ragged = head + (to - last);
+      if (lane < ragged) element(at, lane < head ? from + lane : last + (lane - head));
+    }
+  }
+
+ private:
+  struct Streams {
+    typename M::PRaw *p, *g;
+    typename M::SRaw* s[S + 1];
+  };
+
+  FASTOPT_HD Streams streams(int64_t base) const {
+    Streams at{static_cast<typename M::PRaw*>(p) + base, static_cast<typename M::PRaw*>(g) + base, {}};
+#pragma unroll
+    for (int k = 0; k < S; ++k) at.s[k] = static_cast<typename M::SRaw*>(s[k]) + base;
+    return at;
+  }
+
+  FASTOPT_HD T divided(T gradient) const { return gradient / static_cast<T>(*scale); }
+
+  FASTOPT_HD void vector(const Streams& at, int i) const {
+    using PVector = Vector<typename M::P, V>;
+    using SVector = Vector<typename M::State, V>;
+    PVector d = PVector::read(at.g + i);
+    if (scale) {
+      PVector q = d;
+#pragma unroll
+      for (int j = 0; j < V; ++j) q.template set<T>(j, divided(d.template get<T>(j)));
+      q.write(at.g + i, true);
+    }
+    PVector x = PVector::read(at.p + i);
+    SVector v[S + 1];
+#pragma unroll
+    for (int k = 0; k < S; ++k) v[k] = SVector::read(at.s[k] + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      T a = x.template get<T>(j), b = d.template get<T>(j), w[S + 1];
+#pragma unroll
+      for (int k = 0; k < S; ++k) w[k] = v[k].template get<T>(j);
+      if (scale) b = divided(b);
+      b = b - shift;
+      Chain::apply(a, b, w, c);
+      x.template set<T>(j, a);
+#pragma unroll
+      for (int k = 0; k < S; ++k) v[k].template set<T>(j, w[k]);
+    }
+    x.write(at.p + i, false);
+#pragma unroll
+    for (int k = 0; k < S; ++k) v[k].write(at.s[k] + i, true);
+  }
+
+  FASTOPT_HD void element(const Streams& at, int i) const {
+    T a = M::P::template load<T>(at.p[i]), b = M::P::template load<T>(at.g[i]), w[S + 1];
+#pragma unroll
+    for (int k = 0; k < S; ++k) w[k] = M::State::template load<T>(at.s[k][i]);
+    if (scale) at.g[i] = M::P::template store<T>(b = divided(b));
+    b = b - shift;
+    Chain::apply(a, b, w, c);
+    at.p[i] = M::P::template store<T>(a);
+#pragma unroll
+    for (int k = 0; k < S; ++k) at.s[k][i] = M::State::template store<T>(w[k]);
+  }
+
+  FASTOPT_HD void any_element(int64_t i) const {
+    int64_t at[2 + S];
+    for (int k = 0; k < 2 + S; ++k) at[k] = offset_of(tensor.strides, k, i);
+    T a = read_any<T>(p, tensor.p_dtype, at[0]), b = read_any<T>(g, tensor.g_dtype, at[1]), w[S + 1];
+#pragma unroll
+    for (int k = 0; k < S; ++k) w[k] = read_any<T>(s[k], tensor.s_dtype[k], at[2 + k]);
+    if (scale) write_any<T>(g, tensor.g_dtype, at[1], b = divided(b));
+    b = b - shift;
+    Chain::apply(a, b, w, c);
+    write_any<T>(p, tensor.p_dtype, at[0], a);
+#pragma unroll
+    for (int k = 0; k < S; ++k) write_any<T>(s[k], tensor.s_dtype[k], at[2 + k], w[k]);
+  }
+};
+
+// The slices of one item: each one's mean is taken off its gradient. `warp` runs a function for its lanes, or sums
+// what the lanes return.
+template <class U, class Warp>
+FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& item, const Warp& warp) {
+  using T = typename U::T;
+  const DeviceTensor& tensor = update.tensor;
+  const int64_t length = tensor.row_length;
+  if (length > longest_row) {
+    const int64_t pieces = pieces_of(length), parts = parts_of(length), row = item.chunk / pieces;
+    const Pair* const own = tensor.parts + row * parts;
+    const Pair sum = warp.sum([&](int lane) {
+      Pair all{0, 0};
+      for (int64_t k = lane; k < parts; k += lanes) all = add(all, own[k]);
+      return all;
+    });
+    update.shift = static_cast<T>(total(sum) / static_cast<double>(length));
+    const int64_t begin = row * length + item.chunk % pieces * longest_row, end = (row + 1) * length;
+    warp.each([&](int lane) { update.range(begin, begin + longest_row < end ? begin + longest_row : end, lane); });
+    return;
+  }
+  const int64_t rows = rows_per_item(length, header.chunk), first = item.chunk * rows, all = tensor.n / length;
+  for (int64_t row = first; row < all && row < first + rows; ++row) {
+    const int64_t begin = row * length, end = begin + length;
+    const Pair sum = warp.sum([&](int lane) { return update.gradient().sum(begin, end, lane); });
+    update.shift = static_cast<T>(total(sum) / static_cast<double>(length));
+    warp.each([&](int lane) { update.range(begin, end, lane); });
+  }
+}
+
+FASTOPT_HD bool skips(const LaunchHeader& header) { return header.found_inf && *header.found_inf != 0; }
+
+FASTOPT_HD const void* gradient_of(const LaunchHeader& header, const unsigned char* payload, uint32_t number) {
+  return reinterpret_cast<const void* const*>(payload)[number - header.first_tensor];
+}
+
+// One work item of an update.
+template <class Chain, Mix mix, bool centralise, class Warp>
+FASTOPT_HD void run_item(const LaunchHeader& header, const unsigned char* payload, uint32_t at, const Warp& warp) {
+  if (at >= header.item_count || skips(header)) return;
+  const WorkItem item = header.items[at];
+  const void* const gradient = gradient_of(header, payload, item.tensor);
+  if (!gradient || (header.rows && header.rows[item.tensor].chain != header.chain)) return;
+  Update<Chain, mix> update(header, payload, item.tensor, gradient);
+  if constexpr (centralise) {
+    if (update.tensor.row_length > 0) {
+      run_rows(update, header, item, warp);
+      return;
+    }
+  }
+  const int64_t begin = static_cast<int64_t>(item.chunk) * header.chunk, end = begin + header.chunk;
+  warp.each([&](int lane) { update.range(begin, end < update.tensor.n ? end : update.tensor.n, lane); });
+}
+
+// One work item of the pass that sums slices too long for one warp: the item.chunk-th part of all of a tensor's.
+template <class T, class Warp>
+FASTOPT_HD void sum_item(const LaunchHeader& header, const unsigned char* payload, uint32_t at, const Warp& warp) {
+  if (at >= header.item_count || skips(header)) return;
+  const WorkItem item = header.items[at];
+  const void* const data = gradient_of(header, payload, item.tensor);
+  if (!data) return;
+  const DeviceTensor& tensor = header.table[item.tensor];
+  const Gradient<T> gradient{data, header.grad_scale, tensor.strides, tensor.g_dtype};
+  const int64_t parts = parts_of(tensor.row_length), part = part_of(tensor.row_length), row = item.chunk / parts;
+  const int64_t begin = row * tensor.row_length + item.chunk % parts * part, end = (row + 1) * tensor.row_length;
+  const Pair sum =
+      warp.sum([&](int lane) { return gradient.sum(begin, begin + part < end ? begin + part : end, lane); });
+  warp.each([&](int lane) {
+    if (lane == 0) tensor.parts[item.chunk] = sum;
+  });
+}
+
+}  // namespace fastopt

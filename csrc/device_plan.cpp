@@ -1,0 +1,316 @@
+#include "device_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+#include "chains.h"
+
+namespace fastopt {
+namespace {
+
+// Items are halved until there are enough to keep a large device busy: 132 multiprocessors, each with 32 warps or so,
+// twice. Fewer elements than the least are not worth the warp's look-up of its tensor.
+constexpr uint32_t least_chunk = 256, most_chunk = 2048;
+constexpr int64_t enough_items = 8192;
+
+template <class... Chains>
+constexpr int coefficient_counts[] = {Chains::coefficients...};
+template <class... Chains>
+int count_of(int chain, List<Chains...>) {
+  return coefficient_counts<Chains...>[chain];
+}
+
+template <class Chain, class... Chains>
+constexpr bool is_one_of = (std::is_same_v<Chain, Chains> || ...);
+// Whether the chain of this number, in the first list, is in the second.
+template <class... All, class... Some>
+bool is_in(int chain, List<All...>, List<Some...>) {
+  static constexpr bool found[] = {is_one_of<All, Some...>...};
+  return found[chain];
+}
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// Bytes of a payload and where its parts begin.
+struct PayloadShape {
+  size_t indices_at, rows_at, bytes;
+  PayloadShape(size_t tensors, size_t rows, size_t row_bytes)
+      : indices_at(tensors * sizeof(void*)),
+        rows_at(round_up(indices_at + tensors * sizeof(uint16_t), alignment)),
+        bytes(rows_at + rows * row_bytes) {}
+};
+
+uint32_t fits_32(int64_t n) {
+  if (n < 0 || n > UINT32_MAX) throw std::length_error("fastopt: a tensor has more work items than 32 bits can count");
+  return static_cast<uint32_t>(n);
+}
+
+}  // namespace
+
+#if !defined(FASTOPT_WITH_CUDA)
+const DeviceDriver* cuda_driver() { return nullptr; }
+#endif
+#if !defined(FASTOPT_WITH_EMULATOR)
+const DeviceDriver* emulator() { return nullptr; }
+#endif
+
+Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
+  const DeviceTensor& t = entry.tensor;
+  const Mix any = t.p_dtype == Dtype::f64 ? Mix::any_f64 : Mix::any_f32;
+  bool same = true, single = true;  // every state in the parameter's dtype; every state in float32
+  for (int k = 0; k < max_slots && t.s[k]; ++k) {
+    same = same && t.s_dtype[k] == t.p_dtype;
+    single = single && t.s_dtype[k] == Dtype::f32;
+  }
+  if (!aligned || entry.layout || t.g_dtype != t.p_dtype || !(same || single)) return any;
+  constexpr Mix alike[] = {Mix::f32, Mix::f64, Mix::bf16, Mix::f16};
+  Mix mix = alike[static_cast<int>(t.p_dtype)];
+  if (!same && t.p_dtype == Dtype::bf16) mix = Mix::bf16_f32;
+  if (!same && t.p_dtype == Dtype::f16) mix = Mix::f16_f32;
+  if (!same && t.p_dtype == Dtype::f64) mix = any;
+  return driver.has_mix[static_cast<int>(mix)] ? mix : any;
+}
+
+size_t DevicePlan::add(const DeviceEntry& entry, bool aligned) {
+  const Mix mix = mix_of(entry, aligned, *driver_);
+  auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&](const Bucket& b) { return b.mix == mix; });
+  if (bucket == buckets_.end()) {
+    bucket = buckets_.emplace(buckets_.end());
+    bucket->mix = mix;
+  }
+  bucket->entries.push_back(entry);
+  bucket->numbers.push_back(added_);
+  bucket->centralise = bucket->centralise || entry.tensor.row_length > 0;
+  return added_++;
+}
+
+// The largest first, so that the last items to run are short.
+void DevicePlan::sort(Bucket& bucket) {
+  std::vector<size_t> order(bucket.entries.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return bucket.entries[a].tensor.n > bucket.entries[b].tensor.n; });
+  std::vector<DeviceEntry> entries;
+  std::vector<size_t> numbers;
+  for (const size_t k : order) {
+    entries.push_back(bucket.entries[k]);
+    numbers.push_back(bucket.numbers[k]);
+  }
+  bucket.entries = std::move(entries);
+  bucket.numbers = std::move(numbers);
+}
+
+void DevicePlan::cut(Bucket& bucket) {
+  for (size_t i = 0; i < bucket.entries.size(); ++i) {
+    const DeviceTensor& t = bucket.entries[i].tensor;
+    const int64_t length = t.row_length;
+    bucket.first_item.push_back(bucket.items.size());
+    bucket.first_sum.push_back(bucket.sums.size());
+    int64_t items = ceil_div(t.n, chunk_), sums = 0;
+    if (length > longest_row) {
+      items = t.n / length * pieces_of(length);
+      sums = t.n / length * parts_of(length);
+    } else if (length > 0) {
+      items = ceil_div(t.n / length, rows_per_item(length, chunk_));
+    }
+    const uint32_t tensor = fits_32(static_cast<int64_t>(i));
+    for (uint32_t k = 0, n = fits_32(items); k < n; ++k) bucket.items.push_back({tensor, k});
+    for (uint32_t k = 0, n = fits_32(sums); k < n; ++k) bucket.sums.push_back({tensor, k});
+  }
+  bucket.first_item.push_back(bucket.items.size());
+  bucket.first_sum.push_back(bucket.sums.size());
+}
+
+namespace {
+
+// Device memory laid out piece by piece: what is brought there, then scratch.
+class Blob {
+ public:
+  size_t reserve(size_t bytes) {
+    const size_t at = size_;
+    size_ = round_up(size_ + bytes, 64);
+    return at;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_ = 0;
+};
+
+DeviceStrides device_strides(const Layout& layout) {
+  DeviceStrides result{};
+  result.dims = static_cast<int32_t>(layout.sizes.size());
+  if (result.dims > max_device_dims) throw std::invalid_argument("fastopt: too many dimensions for a device kernel");
+  std::copy(layout.sizes.begin(), layout.sizes.end(), result.sizes);
+  for (int k = 0; k < 2 + max_slots; ++k)
+    std::copy(layout.strides[k].begin(), layout.strides[k].end(), result.strides[k]);
+  return result;
+}
+
+template <class T>
+void put(std::vector<char>& host, size_t at, const T* from, size_t count) {
+  if (count) std::memcpy(host.data() + at, from, count * sizeof(T));
+}
+
+}  // namespace
+
+void DevicePlan::place(const DeviceMemory& memory) {
+  int64_t total = 0;
+  for (const Bucket& bucket : buckets_)
+    for (const DeviceEntry& entry : bucket.entries) total += entry.tensor.n;
+  chunk_ = most_chunk;
+  while (chunk_ > least_chunk && total / chunk_ < enough_items) chunk_ /= 2;
+  where_.resize(added_);
+
+  struct Places {
+    size_t table, items, sums, strides, parts;
+  };
+  std::vector<Places> places;
+  Blob blob;
+  for (uint32_t b = 0; b < buckets_.size(); ++b) {
+    Bucket& bucket = buckets_[b];
+    sort(bucket);
+    cut(bucket);
+    for (uint32_t i = 0; i < bucket.numbers.size(); ++i) where_[bucket.numbers[i]] = {b, i};
+    bucket.gradients.resize(bucket.entries.size());
+    bucket.rows.resize(bucket.entries.size());
+    places.push_back({blob.reserve(bucket.entries.size() * sizeof(DeviceTensor)),
+                      blob.reserve(bucket.items.size() * sizeof(WorkItem)),
+                      blob.reserve(bucket.sums.size() * sizeof(WorkItem)),
+                      blob.reserve(bucket.entries.size() * sizeof(DeviceStrides) *
+                                   (bucket.mix == Mix::any_f32 || bucket.mix == Mix::any_f64)),
+                      0});
+  }
+  const size_t brought = blob.size();
+  for (size_t b = 0; b < buckets_.size(); ++b) places[b].parts = blob.reserve(buckets_[b].sums.size() * sizeof(Pair));
+  if (blob.size() == 0) return;
+
+  char* const base = memory.allocate(device_, blob.size());
+  std::vector<char> host(brought);
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    Bucket& bucket = buckets_[b];
+    const Places& at = places[b];
+    std::vector<DeviceTensor> table;
+    std::vector<DeviceStrides> strides(bucket.entries.size());
+    for (size_t i = 0; i < bucket.entries.size(); ++i) {
+      DeviceTensor tensor = bucket.entries[i].tensor;
+      if (bucket.first_sum[i] != bucket.first_sum[i + 1])
+        tensor.parts = reinterpret_cast<Pair*>(base + at.parts) + bucket.first_sum[i];
+      if (bucket.entries[i].layout) {
+        strides[i] = device_strides(*bucket.entries[i].layout);
+        tensor.strides = reinterpret_cast<const DeviceStrides*>(base + at.strides) + i;
+        put(host, at.strides + i * sizeof(DeviceStrides), &strides[i], 1);
+      }
+      table.push_back(tensor);
+    }
+    put(host, at.table, table.data(), table.size());
+    put(host, at.items, bucket.items.data(), bucket.items.size());
+    put(host, at.sums, bucket.sums.data(), bucket.sums.size());
+    bucket.table = reinterpret_cast<const DeviceTensor*>(base + at.table);
+    bucket.device_items = reinterpret_cast<const WorkItem*>(base + at.items);
+    bucket.device_sums = reinterpret_cast<const WorkItem*>(base + at.sums);
+    bucket.items = {};  // only their numbers are needed from here on
+    bucket.sums = {};
+  }
+  memory.upload(device_, base, host.data(), host.size());
+}
+
+void DevicePlan::begin_step() {
+  for (Bucket& bucket : buckets_) {
+    std::fill(bucket.rows.begin(), bucket.rows.end(), nullptr);
+    bucket.chains.clear();
+  }
+}
+
+void DevicePlan::set(size_t number, const void* gradient, const Row& row) {
+  const auto [b, position] = where_[number];
+  Bucket& bucket = buckets_[b];
+  bucket.gradients[position] = gradient;
+  bucket.rows[position] = &row;
+  if (std::find(bucket.chains.begin(), bucket.chains.end(), row.chain) == bucket.chains.end())
+    bucket.chains.push_back(row.chain);
+}
+
+void DevicePlan::launch(void* stream, const float* found_inf, const float* grad_scale) {
+  launches_ = 0;
+  for (const Bucket& bucket : buckets_) {
+    for (const int16_t chain : bucket.chains) {
+      LaunchHeader header{};
+      header.found_inf = found_inf;
+      header.grad_scale = is_in(chain, Chains{}, List<Pull>{}) ? nullptr : grad_scale;
+      header.chain = chain;
+      header.chunk = chunk_;
+      for (size_t at = 0; at < bucket.entries.size();) at = launch_part(bucket, at, chain, stream, header);
+    }
+  }
+}
+
+// Packs the tensors from `at` on that take this chain into one launch, as many as fit; returns where the next begins.
+size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, int16_t chain, void* stream, LaunchHeader header) {
+  const auto takes = [&](size_t i) { return bucket.rows[i] && bucket.rows[i]->chain == chain; };
+  const size_t end = bucket.entries.size();
+  while (at < end && !takes(at)) ++at;
+  if (at == end) return end;
+
+  const bool any = bucket.mix == Mix::any_f32 || bucket.mix == Mix::any_f64;
+  const size_t room = payload_bytes[any ? 0 : tiers - 1];
+  const size_t row_bytes = count_of(chain, Chains{}) * (bucket.wide() ? sizeof(double) : sizeof(float));
+  ++launch_;
+  row_numbers_.clear();
+  distinct_.clear();
+  size_t next = at, last = at;
+  for (; next < end; ++next) {
+    const Row* row = takes(next) ? bucket.rows[next] : nullptr;
+    const bool is_new = row && row->launch != launch_;
+    if (PayloadShape(next - at + 1, distinct_.size() + is_new, row_bytes).bytes > room) break;
+    if (is_new) {
+      row->launch = launch_;
+      row->number = static_cast<uint16_t>(distinct_.size());
+      distinct_.push_back(row);
+    }
+    row_numbers_.push_back(row ? row->number : 0);
+    if (row) last = next;
+  }
+  const size_t tensors = last + 1 - at;
+  if (bucket.first_item[at] == bucket.first_item[last + 1]) return next;  // nothing but empty tensors
+
+  const PayloadShape shape(tensors, distinct_.size(), row_bytes);
+  unsigned char* const payload = arguments_.payload;
+  for (size_t i = 0; i < tensors; ++i) {
+    const void* gradient = takes(at + i) ? bucket.gradients[at + i] : nullptr;
+    std::memcpy(payload + i * sizeof gradient, &gradient, sizeof gradient);
+  }
+  std::memcpy(payload + shape.indices_at, row_numbers_.data(), tensors * sizeof(uint16_t));
+  for (size_t k = 0; k < distinct_.size(); ++k)
+    std::memcpy(payload + shape.rows_at + k * row_bytes,
+                bucket.wide() ? static_cast<const void*>(distinct_[k]->f64) : distinct_[k]->f32, row_bytes);
+
+  if (bucket.centralise && !is_in(chain, Chains{}, Centralised{}))
+    throw std::logic_error("fastopt: a chain was not compiled for centralised gradients: see csrc/chains.h");
+  header.table = bucket.table;
+  header.first_tensor = static_cast<uint32_t>(at);
+  header.indices_at = static_cast<uint32_t>(shape.indices_at);
+  header.rows_at = static_cast<uint32_t>(shape.rows_at);
+  header.first_slot = distinct_[0]->first_slot;
+  const auto run = [&](const WorkItem* items, const std::vector<size_t>& first, auto kernel) {
+    header.items = items + first[at];
+    header.item_count = static_cast<uint32_t>(first[last + 1] - first[at]);
+    if (header.item_count == 0) return;
+    arguments_.header = header;
+    // The header is the same size in every tier and the payload follows it, so a smaller one is the larger one cut off.
+    kernel(Launch{shape.bytes <= payload_bytes[0] ? 0 : 1, &arguments_, header.item_count});
+    ++launches_;
+  };
+  const Target target{device_, stream};
+  if (bucket.centralise)
+    run(bucket.device_sums, bucket.first_sum,
+        [&](const Launch& launch) { driver_->sum_rows(target, launch, bucket.wide()); });
+  run(bucket.device_items, bucket.first_item,
+      [&](const Launch& launch) { driver_->update(target, launch, bucket.mix, chain, bucket.centralise); });
+  return next;
+}
+
+}  // namespace fastopt

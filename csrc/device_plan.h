@@ -1,0 +1,83 @@
+// The work of one device: tables and items that lie there, and every step's launches.
+//
+// Tensors are sorted into buckets by mix, the largest first. A step names for each tensor its gradient and coefficient
+// row; launch() packs them into kernel parameters, one launch for each bucket and chain while they fit. Host code
+// only, of no device in particular: the driver runs the kernels, and memory comes from the `Memory` it is given.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "cpu_driver.h"
+#include "device_driver.h"
+#include "memo.h"
+
+namespace fastopt {
+
+// Device memory, from and to the framework's allocator. It lives as long as this object's owner keeps it.
+struct DeviceMemory {
+  std::function<char*(int device, size_t bytes)> allocate;
+  std::function<void(int device, char* to, const char* from, size_t bytes)> upload;
+};
+
+struct DeviceEntry {
+  DeviceTensor tensor;   // its `parts` and `strides` are filled in here
+  const Layout* layout;  // null: dense
+};
+
+// The mix whose kernels take a tensor, given which the driver has.
+Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver);
+
+class DevicePlan {
+ public:
+  DevicePlan(const DeviceDriver& driver, int device) : driver_(&driver), device_(device) {}
+
+  int device() const { return device_; }
+  // Returns the number by which the tensor is known in `set`.
+  size_t add(const DeviceEntry& entry, bool aligned);
+  // After the last `add`: makes the tables and brings them to the device.
+  void place(const DeviceMemory& memory);
+
+  void begin_step();
+  void set(size_t number, const void* gradient, const Row& row);
+  void launch(void* stream, const float* found_inf, const float* grad_scale);
+
+  // For tests and `explain`: how many kernels the last step launched.
+  int launches() const { return launches_; }
+
+ private:
+  struct Bucket {
+    Mix mix;
+    bool centralise = false;
+    std::vector<DeviceEntry> entries;
+    std::vector<size_t> numbers;  // of `set`, by position
+    std::vector<WorkItem> items, sums;
+    std::vector<size_t> first_item, first_sum;  // by position, and the end
+    const DeviceTensor* table;                  // these three on the device
+    const WorkItem* device_items;
+    const WorkItem* device_sums;
+    std::vector<const void*> gradients;  // this step's, by position
+    std::vector<const Row*> rows;        // null: left out
+    std::vector<int16_t> chains;         // that occur
+    bool wide() const { return mix == Mix::f64 || mix == Mix::any_f64; }
+  };
+
+  void sort(Bucket& bucket);
+  void cut(Bucket& bucket);
+  size_t launch_part(const Bucket& bucket, size_t at, int16_t chain, void* stream, LaunchHeader header);
+
+  const DeviceDriver* driver_;
+  int device_;
+  uint32_t chunk_ = 0;
+  size_t added_ = 0;
+  std::vector<Bucket> buckets_;
+  std::vector<std::pair<uint32_t, uint32_t>> where_;  // bucket and position, by number
+  std::vector<uint16_t> row_numbers_;                 // of the launch being made, by position
+  std::vector<const Row*> distinct_;
+  uint64_t launch_ = 0;
+  int launches_ = 0;
+  Arguments<tiers - 1> arguments_;
+};
+
+}  // namespace fastopt

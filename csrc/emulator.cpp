@@ -1,0 +1,51 @@
+// A device that is the CPU: the kernels' own source, lane by lane, in the memory of ordinary tensors. It is slow and
+// exists so that tables, parameters and kernels can be tested where there is no GPU.
+#include <stdexcept>
+
+#include "device_driver.h"
+#include "emulator_kernels.h"
+#include "emulator_warp.h"
+
+namespace fastopt {
+namespace {
+
+template <int... k>
+EmulatedKernel find(Mix mix, int chain, bool centralise, std::integer_sequence<int, k...>) {
+  EmulatedKernel found = nullptr;
+  ((mix == static_cast<Mix>(k) && (found = emulated_kernel<static_cast<Mix>(k)>(chain, centralise))), ...);
+  return found;
+}
+
+// Reads the parameters as the tier's kernel would, and no further.
+template <class F>
+void with_arguments(const Launch& launch, F f) {
+  const auto run = [&](const auto& arguments) { f(arguments.header, arguments.payload); };
+  if (launch.tier == 0)
+    run(Arguments<0>(*static_cast<const Arguments<0>*>(launch.arguments)));
+  else
+    run(Arguments<1>(*static_cast<const Arguments<1>*>(launch.arguments)));
+}
+
+void update(const Target&, const Launch& launch, Mix mix, int chain, bool centralise) {
+  const EmulatedKernel kernel = find(mix, chain, centralise, std::make_integer_sequence<int, mixes>{});
+  if (!kernel) throw std::logic_error("fastopt: a kernel was launched that does not exist");
+  with_arguments(
+      launch, [&](const LaunchHeader& header, const unsigned char* payload) { kernel(header, payload, launch.warps); });
+}
+
+void sum_rows(const Target&, const Launch& launch, bool wide) {
+  with_arguments(launch, [&](const LaunchHeader& header, const unsigned char* payload) {
+    for (uint32_t item = 0; item < launch.warps; ++item)
+      wide ? sum_item<double>(header, payload, item, EmulatedWarp{})
+           : sum_item<float>(header, payload, item, EmulatedWarp{});
+  });
+}
+
+}  // namespace
+
+const DeviceDriver* emulator() {
+  static constexpr DeviceDriver driver{"emulator", {true, true, true, true, true, true, true, true}, update, sum_rows};
+  return &driver;
+}
+
+}  // namespace fastopt

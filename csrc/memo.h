@@ -1,0 +1,61 @@
+// Coefficient rows by key: a setting, the step it takes, and what the step carries over.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "chain.h"
+#include "python.h"
+
+namespace fastopt {
+
+struct Row {
+  Ref setting;  // the memo is keyed by its address
+  alignas(64) float f32[max_coefficients];
+  alignas(64) double f64[max_coefficients];
+  double carry;
+  int16_t chain;
+  int8_t first_slot;
+  int8_t slots;
+  int8_t count;
+  mutable uint16_t number;  // in the launch that is being made
+  mutable uint64_t launch = 0;
+};
+
+struct RowKey {
+  PyObject* setting;
+  double t;      // the step to take, from 1; 0: no gradient, slow weights only
+  double carry;  // the second counter's value
+  bool single;   // the second counter is float32, and its next value is rounded to it
+  bool sync;
+  bool operator==(const RowKey& other) const {
+    return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
+           sync == other.sync;
+  }
+};
+
+// Rows in storage that is reused and never moves, so that the steady state allocates nothing.
+class Memo {
+ public:
+  static constexpr size_t usual = 64;  // rows of a generation, unless one step needs more
+  Memo() : rows_(usual) {}
+  const Row* find(const RowKey& key) const;
+  Row& insert(const RowKey& key);
+  size_t size() const { return used_; }
+  void clear();
+  void visit_settings(const std::function<void(PyObject*)>& visit) const;
+
+ private:
+  size_t slot(const RowKey& key) const;
+
+  std::deque<std::pair<RowKey, Row>> rows_;
+  std::vector<int32_t> table_;  // open addressing, a power of two; -1: empty
+  size_t used_ = 0;
+};
+
+// Asks the setting, a Python object, for the row of a key.
+void compute_row(const RowKey& key, Row& row);
+
+}  // namespace fastopt

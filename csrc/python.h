@@ -1,0 +1,57 @@
+// Python objects in C++: strong references, and how an exception that is already set travels.
+#pragma once
+
+#include <Python.h>
+#include <c10/core/TensorImpl.h>
+
+#include <utility>
+#include <vector>
+
+namespace fastopt {
+
+// Implemented by module.cpp, the only unit that knows torch's Python headers.
+bool is_tensor(PyObject* object);
+c10::TensorImpl* impl_of(PyObject* tensor);
+
+struct PythonError {};  // a Python exception is set
+
+// A strong reference.
+class Ref {
+ public:
+  Ref() = default;
+  explicit Ref(PyObject* borrowed) : object_(borrowed) { Py_XINCREF(object_); }
+  static Ref steal(PyObject* owned) {
+    if (!owned) throw PythonError{};
+    Ref ref;
+    ref.object_ = owned;
+    return ref;
+  }
+  Ref(const Ref& other) : Ref(other.object_) {}
+  Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  Ref& operator=(Ref other) {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  explicit operator bool() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+inline std::vector<Ref> sequence(PyObject* object) {
+  Ref fast = Ref::steal(PySequence_Fast(object, "fastopt: a sequence was expected"));
+  std::vector<Ref> items;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.get()); ++i)
+    items.emplace_back(PySequence_Fast_GET_ITEM(fast.get(), i));
+  return items;
+}
+
+inline PyObject* interned(const char* text) {
+  PyObject* name = PyUnicode_InternFromString(text);
+  if (!name) throw PythonError{};
+  return name;
+}
+
+}  // namespace fastopt
