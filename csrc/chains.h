@@ -37,12 +37,11 @@ using Decoupled = WithLookahead<Chain<scale, shrink, Rule...>, Chain<scale, l2, 
 // What happens to parameters without a gradient when slow weights synchronise.
 using Pull = Chain<lookahead>;
 
-using Chains = Concat<List<Pull>,
-                      Coupled<sgd>, Coupled<momentum, sgd>, Coupled<nesterov, sgd>,             //
-                      Coupled<rmsprop>, Coupled<rmsprop_momentum>,                              //
-                      Coupled<rmsprop_centered>, Coupled<rmsprop_centered_momentum>,            //
-                      Coupled<adagrad>, Coupled<adamax>, WithLookahead<Chain<scale, moments>>,  //
-                      Decoupled<adam>, Decoupled<amsgrad>, Decoupled<nadam>, Decoupled<radam>>  //
+using Chains = Concat<List<Pull>, Coupled<sgd>, Coupled<momentum, sgd>, Coupled<nesterov, sgd>,  //
+                      Coupled<rmsprop>, Coupled<rmsprop_momentum>,                               //
+                      Coupled<rmsprop_centered>, Coupled<rmsprop_centered_momentum>,             //
+                      Coupled<adagrad>, Coupled<adamax>, WithLookahead<Chain<scale, moments>>,   //
+                      Decoupled<adam>, Decoupled<amsgrad>, Decoupled<nadam>, Decoupled<radam>>   //
     ::type;
 
 // Chains that also exist with a centralised gradient on a device (on the CPU all do).

@@ -21,12 +21,20 @@ struct Launch {
   uint32_t warps;
 };
 
+// The same for a RowsArguments<tier>: one thread for each tensor.
+struct RowsLaunch {
+  int tier;
+  const void* arguments;
+  uint32_t threads;
+};
+
 // Failures are thrown as std::runtime_error that names the kernel.
 struct DeviceDriver {
   const char* name;
   bool has_mix[mixes];  // kernels compiled for it; where they are not, an any_ mix does the work
   void (*update)(const Target&, const Launch&, Mix mix, int chain, bool centralise);
   void (*sum_rows)(const Target&, const Launch&, bool wide);  // wide: the compute type is double
+  void (*make_rows)(const Target&, const RowsLaunch&);
 };
 
 // Null where the extension was built without.

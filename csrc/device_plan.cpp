@@ -50,13 +50,6 @@ uint32_t fits_32(int64_t n) {
 
 }  // namespace
 
-#if !defined(FASTOPT_WITH_CUDA)
-const DeviceDriver* cuda_driver() { return nullptr; }
-#endif
-#if !defined(FASTOPT_WITH_EMULATOR)
-const DeviceDriver* emulator() { return nullptr; }
-#endif
-
 Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
   const DeviceTensor& t = entry.tensor;
   const Mix any = t.p_dtype == Dtype::f64 ? Mix::any_f64 : Mix::any_f32;
@@ -74,13 +67,17 @@ Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
   return driver.has_mix[static_cast<int>(mix)] ? mix : any;
 }
 
-size_t DevicePlan::add(const DeviceEntry& entry, bool aligned) {
+size_t DevicePlan::add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters) {
   const Mix mix = mix_of(entry, aligned, *driver_);
-  auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&](const Bucket& b) { return b.mix == mix; });
+  const bool counted = counters != nullptr;
+  auto bucket = std::find_if(buckets_.begin(), buckets_.end(),
+                             [&](const Bucket& b) { return b.mix == mix && b.counted == counted; });
   if (bucket == buckets_.end()) {
     bucket = buckets_.emplace(buckets_.end());
     bucket->mix = mix;
+    bucket->counted = counted;
   }
+  if (counted) bucket->counters.push_back(*counters);
   bucket->entries.push_back(entry);
   bucket->numbers.push_back(added_);
   bucket->centralise = bucket->centralise || entry.tensor.row_length > 0;
@@ -93,14 +90,15 @@ void DevicePlan::sort(Bucket& bucket) {
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return bucket.entries[a].tensor.n > bucket.entries[b].tensor.n; });
-  std::vector<DeviceEntry> entries;
-  std::vector<size_t> numbers;
-  for (const size_t k : order) {
-    entries.push_back(bucket.entries[k]);
-    numbers.push_back(bucket.numbers[k]);
-  }
-  bucket.entries = std::move(entries);
-  bucket.numbers = std::move(numbers);
+  const auto permute = [&](auto& list) {
+    if (list.empty()) return;
+    auto sorted = list;
+    for (size_t i = 0; i < order.size(); ++i) sorted[i] = list[order[i]];
+    list = std::move(sorted);
+  };
+  permute(bucket.entries);
+  permute(bucket.numbers);
+  permute(bucket.counters);
 }
 
 void DevicePlan::cut(Bucket& bucket) {
@@ -169,6 +167,7 @@ void DevicePlan::place(const DeviceMemory& memory) {
     size_t table, items, sums, strides, parts;
   };
   std::vector<Places> places;
+  std::vector<DeviceCounters> counters;
   Blob blob;
   for (uint32_t b = 0; b < buckets_.size(); ++b) {
     Bucket& bucket = buckets_[b];
@@ -177,6 +176,9 @@ void DevicePlan::place(const DeviceMemory& memory) {
     for (uint32_t i = 0; i < bucket.numbers.size(); ++i) where_[bucket.numbers[i]] = {b, i};
     bucket.gradients.resize(bucket.entries.size());
     bucket.rows.resize(bucket.entries.size());
+    bucket.codes.resize(bucket.entries.size());
+    bucket.first_counted = counters.size();
+    counters.insert(counters.end(), bucket.counters.begin(), bucket.counters.end());
     places.push_back({blob.reserve(bucket.entries.size() * sizeof(DeviceTensor)),
                       blob.reserve(bucket.items.size() * sizeof(WorkItem)),
                       blob.reserve(bucket.sums.size() * sizeof(WorkItem)),
@@ -184,12 +186,18 @@ void DevicePlan::place(const DeviceMemory& memory) {
                                    (bucket.mix == Mix::any_f32 || bucket.mix == Mix::any_f64)),
                       0});
   }
+  const size_t counters_at = blob.reserve(counters.size() * sizeof(DeviceCounters));
   const size_t brought = blob.size();
+  const size_t rows_at = blob.reserve(counters.size() * sizeof(DeviceRow));
+  codes_.resize(counters.size());
   for (size_t b = 0; b < buckets_.size(); ++b) places[b].parts = blob.reserve(buckets_[b].sums.size() * sizeof(Pair));
   if (blob.size() == 0) return;
 
   char* const base = memory.allocate(device_, blob.size());
   std::vector<char> host(brought);
+  put(host, counters_at, counters.data(), counters.size());
+  device_counters_ = reinterpret_cast<const DeviceCounters*>(base + counters_at);
+  device_rows_ = reinterpret_cast<DeviceRow*>(base + rows_at);
   for (size_t b = 0; b < buckets_.size(); ++b) {
     Bucket& bucket = buckets_[b];
     const Places& at = places[b];
@@ -219,40 +227,117 @@ void DevicePlan::place(const DeviceMemory& memory) {
 }
 
 void DevicePlan::begin_step() {
+  settings_.clear();
+  std::fill(codes_.begin(), codes_.end(), uint16_t{absent});
   for (Bucket& bucket : buckets_) {
     std::fill(bucket.rows.begin(), bucket.rows.end(), nullptr);
+    std::fill(bucket.codes.begin(), bucket.codes.end(), uint16_t{absent});
     bucket.chains.clear();
   }
 }
 
+void DevicePlan::use(Bucket& bucket, int16_t chain, int first_slot) {
+  const ChainUse used{chain, static_cast<int8_t>(first_slot)};
+  if (chain >= 0 && std::find(bucket.chains.begin(), bucket.chains.end(), used) == bucket.chains.end())
+    bucket.chains.push_back(used);
+}
+
 void DevicePlan::set(size_t number, const void* gradient, const Row& row) {
   const auto [b, position] = where_[number];
+  buckets_[b].gradients[position] = gradient;
+  buckets_[b].rows[position] = &row;
+  use(buckets_[b], row.chain, row.first_slot);
+}
+
+void DevicePlan::set(size_t number, const void* gradient, const DeviceSetting& setting, bool has_gradient, int slots) {
+  const auto [b, position] = where_[number];
   Bucket& bucket = buckets_[b];
+  const auto same = [&](const DeviceSetting& other) { return std::memcmp(&other, &setting, sizeof setting) == 0; };
+  auto known = std::find_if(settings_.rbegin(), settings_.rend(), same);  // most often that of the tensor before
+  if (known == settings_.rend()) {
+    if (settings_.size() > setting_mask) throw std::length_error("fastopt: more than 16,384 settings in one step");
+    settings_.push_back(setting);
+    known = settings_.rbegin();
+  }
+  const auto code = static_cast<uint16_t>((settings_.rend() - known - 1) | present | (has_gradient ? stepped : 0));
   bucket.gradients[position] = gradient;
-  bucket.rows[position] = &row;
-  if (std::find(bucket.chains.begin(), bucket.chains.end(), row.chain) == bucket.chains.end())
-    bucket.chains.push_back(row.chain);
+  bucket.codes[position] = codes_[bucket.first_counted + position] = code;
+  if (!has_gradient) use(bucket, setting.setting.chains[static_cast<int>(Way::pull)], slots - 1);
+  for (int way = 0; has_gradient && way < static_cast<int>(Way::pull); ++way)
+    use(bucket, setting.setting.chains[way], 0);
 }
 
 void DevicePlan::launch(void* stream, const float* found_inf, const float* grad_scale) {
   launches_ = 0;
+  make_rows(stream, found_inf);
   for (const Bucket& bucket : buckets_) {
-    for (const int16_t chain : bucket.chains) {
+    for (const auto& [chain, first_slot] : bucket.chains) {
       LaunchHeader header{};
       header.found_inf = found_inf;
       header.grad_scale = is_in(chain, Chains{}, List<Pull>{}) ? nullptr : grad_scale;
+      header.rows = bucket.counted ? device_rows_ + bucket.first_counted : nullptr;
       header.chain = chain;
+      header.first_slot = first_slot;
       header.chunk = chunk_;
-      for (size_t at = 0; at < bucket.entries.size();) at = launch_part(bucket, at, chain, stream, header);
+      for (size_t at = 0; at < bucket.entries.size();) at = launch_part(bucket, at, stream, header);
     }
   }
 }
 
-// Packs the tensors from `at` on that take this chain into one launch, as many as fit; returns where the next begins.
-size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, int16_t chain, void* stream, LaunchHeader header) {
-  const auto takes = [&](size_t i) { return bucket.rows[i] && bucket.rows[i]->chain == chain; };
+// One row for each counted tensor, in as many launches as the codes and the settings they name need.
+void DevicePlan::make_rows(void* stream, const float* found_inf) {
+  if (settings_.empty()) return;
+  std::vector<uint16_t>&local = local_settings_, &used = used_settings_;
+  local.resize(settings_.size());
+  for (size_t at = 0; at < codes_.size();) {
+    std::fill(local.begin(), local.end(), setting_mask);
+    used.clear();
+    size_t next = at;
+    for (; next < codes_.size(); ++next) {
+      const uint16_t setting = codes_[next] & setting_mask;
+      const bool is_new = (codes_[next] & present) && local[setting] == setting_mask;
+      const size_t settings_at = round_up((next - at + 1) * sizeof(uint16_t), alignment);
+      if (settings_at + (used.size() + is_new) * sizeof(DeviceSetting) > sizeof rows_arguments_.payload) break;
+      if (!is_new) continue;
+      local[setting] = static_cast<uint16_t>(used.size());
+      used.push_back(setting);
+    }
+    const auto count = static_cast<uint32_t>(next - at);
+    const size_t settings_at = round_up(count * sizeof(uint16_t), alignment);
+    unsigned char* const payload = rows_arguments_.payload;
+    for (size_t i = 0; i < count; ++i) {
+      uint16_t code = codes_[at + i];
+      if (code & present) code = static_cast<uint16_t>((code & ~setting_mask) | local[code & setting_mask]);
+      std::memcpy(payload + i * sizeof code, &code, sizeof code);
+    }
+    for (size_t k = 0; k < used.size(); ++k)
+      std::memcpy(payload + settings_at + k * sizeof(DeviceSetting), &settings_[used[k]], sizeof(DeviceSetting));
+    rows_arguments_.header = {device_counters_,
+                              device_rows_,
+                              found_inf,
+                              count,
+                              static_cast<uint32_t>(at),
+                              static_cast<uint32_t>(settings_at)};
+    const bool small = settings_at + used.size() * sizeof(DeviceSetting) <= sizeof(RowsArguments<0>::payload);
+    driver_->make_rows({device_, stream}, {small ? 0 : 1, &rows_arguments_, count});
+    ++launches_;
+    at = next;
+  }
+}
+
+// Whether a tensor goes into a launch of this chain. Where rows are made on the device, the kernel has the last word.
+bool DevicePlan::takes(const Bucket& bucket, size_t at, int16_t chain) {
+  if (!bucket.counted) return bucket.rows[at] && bucket.rows[at]->chain == chain;
+  const uint16_t code = bucket.codes[at];
+  return (code & present) && !(code & stepped) == is_in(chain, Chains{}, List<Pull>{});
+}
+
+// Packs the tensors from `at` on that take the header's chain into one launch, as many as fit; returns where the next
+// begins.
+size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, void* stream, LaunchHeader header) {
+  const int16_t chain = header.chain;
   const size_t end = bucket.entries.size();
-  while (at < end && !takes(at)) ++at;
+  while (at < end && !takes(bucket, at, chain)) ++at;
   if (at == end) return end;
 
   const bool any = bucket.mix == Mix::any_f32 || bucket.mix == Mix::any_f64;
@@ -263,7 +348,8 @@ size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, int16_t chain, v
   distinct_.clear();
   size_t next = at, last = at;
   for (; next < end; ++next) {
-    const Row* row = takes(next) ? bucket.rows[next] : nullptr;
+    const bool taken = takes(bucket, next, chain);
+    const Row* row = taken ? bucket.rows[next] : nullptr;
     const bool is_new = row && row->launch != launch_;
     if (PayloadShape(next - at + 1, distinct_.size() + is_new, row_bytes).bytes > room) break;
     if (is_new) {
@@ -272,7 +358,7 @@ size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, int16_t chain, v
       distinct_.push_back(row);
     }
     row_numbers_.push_back(row ? row->number : 0);
-    if (row) last = next;
+    if (taken) last = next;
   }
   const size_t tensors = last + 1 - at;
   if (bucket.first_item[at] == bucket.first_item[last + 1]) return next;  // nothing but empty tensors
@@ -280,7 +366,7 @@ size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, int16_t chain, v
   const PayloadShape shape(tensors, distinct_.size(), row_bytes);
   unsigned char* const payload = arguments_.payload;
   for (size_t i = 0; i < tensors; ++i) {
-    const void* gradient = takes(at + i) ? bucket.gradients[at + i] : nullptr;
+    const void* gradient = takes(bucket, at + i, chain) ? bucket.gradients[at + i] : nullptr;
     std::memcpy(payload + i * sizeof gradient, &gradient, sizeof gradient);
   }
   std::memcpy(payload + shape.indices_at, row_numbers_.data(), tensors * sizeof(uint16_t));
@@ -294,7 +380,6 @@ size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, int16_t chain, v
   header.first_tensor = static_cast<uint32_t>(at);
   header.indices_at = static_cast<uint32_t>(shape.indices_at);
   header.rows_at = static_cast<uint32_t>(shape.rows_at);
-  header.first_slot = distinct_[0]->first_slot;
   const auto run = [&](const WorkItem* items, const std::vector<size_t>& first, auto kernel) {
     header.items = items + first[at];
     header.item_count = static_cast<uint32_t>(first[last + 1] - first[at]);

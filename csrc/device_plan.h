@@ -11,6 +11,7 @@
 
 #include "cpu_driver.h"
 #include "device_driver.h"
+#include "device_rows.h"
 #include "memo.h"
 
 namespace fastopt {
@@ -34,38 +35,53 @@ class DevicePlan {
   DevicePlan(const DeviceDriver& driver, int device) : driver_(&driver), device_(device) {}
 
   int device() const { return device_; }
-  // Returns the number by which the tensor is known in `set`.
-  size_t add(const DeviceEntry& entry, bool aligned);
+  // Returns the number by which the tensor is known in `set`. `counters`: those on the device, null if they are not.
+  size_t add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters);
   // After the last `add`: makes the tables and brings them to the device.
   void place(const DeviceMemory& memory);
 
   void begin_step();
+  // A tensor whose row is known; `gradient` is p itself for one that has none.
   void set(size_t number, const void* gradient, const Row& row);
+  // One with counters on the device, whose row is made there. `slots` is how many states the plan knows of.
+  void set(size_t number, const void* gradient, const DeviceSetting& setting, bool stepped, int slots);
   void launch(void* stream, const float* found_inf, const float* grad_scale);
 
   // For tests and `explain`: how many kernels the last step launched.
   int launches() const { return launches_; }
 
  private:
+  struct ChainUse {
+    int16_t chain;
+    int8_t first_slot;
+    bool operator==(const ChainUse& other) const { return chain == other.chain; }
+  };
   struct Bucket {
     Mix mix;
+    bool counted;  // the counters are on the device, and the rows
     bool centralise = false;
     std::vector<DeviceEntry> entries;
+    std::vector<DeviceCounters> counters;
     std::vector<size_t> numbers;  // of `set`, by position
     std::vector<WorkItem> items, sums;
     std::vector<size_t> first_item, first_sum;  // by position, and the end
     const DeviceTensor* table;                  // these three on the device
     const WorkItem* device_items;
     const WorkItem* device_sums;
+    size_t first_counted = 0;            // the position of its first tensor among all that are counted
     std::vector<const void*> gradients;  // this step's, by position
-    std::vector<const Row*> rows;        // null: left out
-    std::vector<int16_t> chains;         // that occur
+    std::vector<const Row*> rows;        // null: left out, or counted
+    std::vector<uint16_t> codes;         // if counted
+    std::vector<ChainUse> chains;        // that occur
     bool wide() const { return mix == Mix::f64 || mix == Mix::any_f64; }
   };
 
   void sort(Bucket& bucket);
   void cut(Bucket& bucket);
-  size_t launch_part(const Bucket& bucket, size_t at, int16_t chain, void* stream, LaunchHeader header);
+  static void use(Bucket& bucket, int16_t chain, int first_slot);
+  static bool takes(const Bucket& bucket, size_t at, int16_t chain);
+  void make_rows(void* stream, const float* found_inf);
+  size_t launch_part(const Bucket& bucket, size_t at, void* stream, LaunchHeader header);
 
   const DeviceDriver* driver_;
   int device_;
@@ -75,9 +91,15 @@ class DevicePlan {
   std::vector<std::pair<uint32_t, uint32_t>> where_;  // bucket and position, by number
   std::vector<uint16_t> row_numbers_;                 // of the launch being made, by position
   std::vector<const Row*> distinct_;
+  std::vector<uint16_t> codes_;  // of all counted tensors
+  std::vector<DeviceSetting> settings_;
+  std::vector<uint16_t> local_settings_, used_settings_;  // their numbers in the launch being made, and back
+  const DeviceCounters* device_counters_ = nullptr;
+  DeviceRow* device_rows_ = nullptr;
   uint64_t launch_ = 0;
   int launches_ = 0;
   Arguments<tiers - 1> arguments_;
+  RowsArguments<tiers - 1> rows_arguments_;
 };
 
 }  // namespace fastopt

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "device_driver.h"
+#include "device_rows.h"
 #include "emulator_kernels.h"
 #include "emulator_warp.h"
 
@@ -41,10 +42,22 @@ void sum_rows(const Target&, const Launch& launch, bool wide) {
   });
 }
 
+void make_rows(const Target&, const RowsLaunch& launch) {
+  const auto run = [&](const auto& arguments) {
+    const uint32_t all = (launch.threads + block_threads - 1) / block_threads * block_threads;
+    for (uint32_t at = 0; at < all; ++at) make_row(arguments.header, arguments.payload, at);
+  };
+  if (launch.tier == 0)
+    run(RowsArguments<0>(*static_cast<const RowsArguments<0>*>(launch.arguments)));
+  else
+    run(RowsArguments<1>(*static_cast<const RowsArguments<1>*>(launch.arguments)));
+}
+
 }  // namespace
 
 const DeviceDriver* emulator() {
-  static constexpr DeviceDriver driver{"emulator", {true, true, true, true, true, true, true, true}, update, sum_rows};
+  static constexpr DeviceDriver driver{
+      "emulator", {true, true, true, true, true, true, true, true}, update, sum_rows, make_rows};
   return &driver;
 }
 

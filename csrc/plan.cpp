@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -16,7 +17,8 @@ constexpr size_t far = 32, near = 16;   // how many entries ahead cache lines ar
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 struct Names {
-  PyObject *params = interned("params"), *layout = interned("layout"), *slots = interned("slots");
+  PyObject *params = interned("params"), *layout = interned("layout"), *slots = interned("slots"),
+           *on_device = interned("on_device"), *counts_on_device = interned("counts_on_device");
 };
 const Names& names() {
   static const Names instance;
@@ -135,34 +137,9 @@ bool Plan::unchanged(PyObject* tensor, const Memory& memory) {
          impl->dtype() == memory.type && impl->is_contiguous() == memory.contiguous;
 }
 
-double Plan::read(const Counter& counter) {
-  switch (counter.kind) {
-    case CounterKind::f32:
-      return *static_cast<const float*>(counter.memory.data);
-    case CounterKind::f64:
-      return *static_cast<const double*>(counter.memory.data);
-    case CounterKind::i32:
-      return *static_cast<const int32_t*>(counter.memory.data);
-    default:
-      return static_cast<double>(*static_cast<const int64_t*>(counter.memory.data));
-  }
-}
+double Plan::read(const Counter& counter) { return read_counter(counter.memory.data, counter.kind); }
 
-void Plan::write(const Counter& counter, double value) {
-  switch (counter.kind) {
-    case CounterKind::f32:
-      *static_cast<float*>(counter.memory.data) = static_cast<float>(value);
-      break;
-    case CounterKind::f64:
-      *static_cast<double*>(counter.memory.data) = value;
-      break;
-    case CounterKind::i32:
-      *static_cast<int32_t*>(counter.memory.data) = static_cast<int32_t>(value);
-      break;
-    default:
-      *static_cast<int64_t*>(counter.memory.data) = static_cast<int64_t>(value);
-  }
-}
+void Plan::write(const Counter& counter, double value) { write_counter(counter.memory.data, counter.kind, value); }
 
 Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, bool emulate)
     : hyper_(sequence(hyper)),
@@ -197,6 +174,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     Py_VISIT(group.params.get());
     Py_VISIT(group.setting.get());
     Py_VISIT(group.layout.get());
+    Py_VISIT(group.on_device.get());
     if (int result = refs(group.items)) return result;
   }
   return 0;
@@ -283,6 +261,7 @@ bool Plan::check_group(Group& group, PyObject* dict) {
   if (layout.get() != group.layout.get()) return false;
   record_group(group, dict);
   group.last_row = nullptr;
+  group.on_device = {};
   return true;
 }
 
@@ -355,14 +334,21 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     slot.object = object;
     slot.memory = memory_of(object);
   }
+  return true;
+}
+
+// The counters are on the CPU or all on the parameter's device; then, or if `on_device`, the device counts.
+bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
   for (const Ref& key : counter_keys_) {
     PyObject* object = PyDict_GetItemWithError(state, key.get());
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a counter is not a tensor");
     Counter& counter = entry.counters[entry.counter_count++];
     const c10::TensorImpl* impl = impl_of(object);
-    if (!is_plain(impl) || !impl->device().is_cpu() || impl->numel() != 1)
-      throw std::invalid_argument("fastopt: a counter is not a single number on the CPU");
+    const bool here = impl->device().is_cpu();
+    if (!is_plain(impl) || impl->numel() != 1 || !(here || impl->device() == entry.memory.impl->device()))
+      throw std::invalid_argument("fastopt: a counter is not a single number on the CPU or its parameter's device");
+    on_device = on_device || !here;
     switch (impl->dtype().toScalarType()) {
       case c10::ScalarType::Float:
         counter.kind = CounterKind::f32;
@@ -382,6 +368,7 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     counter.object = object;
     counter.memory = memory_of(object);
   }
+  entry.counted = on_device && entry.counter_count > 0;
   return true;
 }
 
@@ -401,7 +388,7 @@ void Plan::lay_out(Entry& entry) {
   layout_with(entry, strides);
 }
 
-void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
+void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys) {
   const c10::TensorImpl* impl = impl_of(entry.param.get());
   if (!is_plain(impl) || !dtype_of(impl, &entry.dtype))
     throw std::invalid_argument("fastopt: a parameter that the kernels cannot take was planned for them");
@@ -414,8 +401,10 @@ void Plan::build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& sl
   if (slot_keys.empty() && counter_keys_.empty())
     entry.has_state = true;
   else
-    entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys);
+    entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
+                      build_counters(entry, own, emulate_ && group.counts_on_device);
   if (!entry.has_state) entry.slot_count = entry.counter_count = 0;
+  entry.counted = entry.counted && entry.has_state;
   lay_out(entry);
   entry.device = -1;
   if (impl->device().is_cuda() || emulate_) plan_device(entry);
@@ -460,7 +449,69 @@ void Plan::plan_device(Entry& entry) {
     devices_.emplace_back(*driver, index);
   }
   entry.device = static_cast<int8_t>(k);
-  entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned));
+  DeviceCounters counters{};
+  if (entry.counted) {
+    counters.step = entry.counters[0].memory.data;
+    counters.step_kind = entry.counters[0].kind;
+    if (entry.counter_count > 1) counters.carry = entry.counters[1].memory.data;
+    counters.carry_kind = entry.counters[1].kind;
+  }
+  entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned, entry.counted ? &counters : nullptr));
+}
+
+// What the kernel that makes rows needs to know of a group's setting.
+void Plan::read_row_setting(Group& group) {
+  Ref result = Ref::steal(PyObject_CallMethodNoArgs(group.setting.get(), names().on_device));
+  if (result.get() == Py_None)
+    throw std::invalid_argument("fastopt: this optimizer has no coefficient rows on a device: see csrc/rows.h");
+  RowSetting row;
+  std::memset(&row, 0, sizeof row);  // padding too: settings are compared as bytes
+  int rule, decay, maximize, slow;
+  PyObject *hyper, *chains;
+  if (!PyArg_ParseTuple(result.get(), "iippdddO!O!", &rule, &decay, &maximize, &slow, &row.weight_decay, &row.alpha,
+                        &row.period, &PyTuple_Type, &hyper, &PyTuple_Type, &chains))
+    throw PythonError{};
+  row.rule = static_cast<int8_t>(rule);
+  row.decay = static_cast<Decay>(decay);
+  row.maximize = maximize;
+  row.slow = slow;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(hyper) && i < max_hyper; ++i) {
+    PyObject* value = PyTuple_GET_ITEM(hyper, i);
+    if (!is_tensor(value)) {
+      row.hyper[i].value = PyFloat_AsDouble(value);
+      if (row.hyper[i].value == -1.0 && PyErr_Occurred()) throw PythonError{};
+      continue;
+    }
+    Dtype dtype;
+    if (!dtype_of(impl_of(value), &dtype) || size_of(dtype) < 4)
+      throw std::invalid_argument("fastopt: a hyper-parameter on a device must be float32 or float64");
+    row.sources[i] = dtype == Dtype::f64 ? Source::f64 : Source::f32;
+    row.hyper[i].f64 = static_cast<const double*>(data_of(impl_of(value)));
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(chains) && i < ways; ++i)
+    row.chains[i] = static_cast<int16_t>(PyLong_AsLong(PyTuple_GET_ITEM(chains, i)));
+  group.row_setting = row;
+  group.on_device = std::move(result);
+}
+
+DeviceSetting Plan::device_setting(Group& group, PyObject* sync) {
+  if (!group.on_device) read_row_setting(group);
+  DeviceSetting setting;
+  std::memset(&setting, 0, sizeof setting);
+  std::memcpy(&setting.setting, &group.row_setting, sizeof setting.setting);
+  if (PyTuple_Check(sync)) {
+    setting.group_step = static_cast<const float*>(data_of(impl_of(PyTuple_GET_ITEM(sync, 0))));
+    setting.group_period = PyFloat_AsDouble(PyTuple_GET_ITEM(sync, 1));
+  }
+  setting.asked = sync == Py_True;
+  return setting;
+}
+
+void Plan::add_counted(Entry& entry, const Found& found, const DeviceSetting& setting) {
+  const bool stepped = found.grad != nullptr;
+  devices_[entry.device].set(entry.number, stepped ? found.data : entry.memory.data, setting, stepped,
+                             entry.slot_count);
+  active_.push_back({&entry, nullptr, stepped});
 }
 
 void Plan::place_devices() {
@@ -492,6 +543,8 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
     group.params = Ref(PyDict_GetItem(dicts[i].get(), names().params));
     group.setting = setting_of(dicts[i].get(), &group.immutable);
     group.layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
+    group.counts_on_device =
+        Ref::steal(PyObject_GetAttr(group.setting.get(), names().counts_on_device)).get() == Py_True;
     group.first = entries_.size();
     const std::vector<Ref> slot_keys = sequence(Ref::steal(PyObject_GetAttr(group.setting.get(), names().slots)).get());
     const std::vector<Ref> params = sequence(group.params.get());
@@ -504,7 +557,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
       entry.native = takes[k].get() == Py_True;
       entry.fresh = news[k].get() == Py_True;
       entry.rows = PyLong_AsLongLong(counts[k].get());
-      if (entry.native) build_entry(entry, state, slot_keys);
+      if (entry.native) build_entry(entry, group, state, slot_keys);
     }
     groups_.push_back(std::move(group));
   }
@@ -624,7 +677,9 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
 
   for (size_t i = 0; i < groups_.size(); ++i) {
     Group& group = groups_[i];
-    const bool synchronise = sync != Py_None && PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(i)) == Py_True;
+    PyObject* const asked = sync == Py_None ? Py_False : PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(i));
+    const bool synchronise = asked != Py_False;
+    std::optional<DeviceSetting> setting;
     for (size_t k = group.first; k < group.first + group.count; ++k) {
       Entry& entry = entries_[k];
       const Found& found = found_[k];
@@ -632,7 +687,14 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
       if (!found.fits) return Verdict::rebuild;
       if (!found.grad && !(synchronise && entry.has_state)) continue;
       if (!entry.has_state) return Verdict::rebuild;
-      add_item(entry, group, found, synchronise);
+      if (!entry.counted) {
+        if (PyTuple_Check(asked))
+          throw std::invalid_argument("fastopt: a group counts on a device, its state does not");
+        add_item(entry, group, found, synchronise);
+        continue;
+      }
+      if (!setting) setting = device_setting(group, asked);
+      add_counted(entry, found, *setting);
     }
   }
   return Verdict::ready;
@@ -652,6 +714,7 @@ void Plan::examine(size_t begin, size_t end) {
     found.fits = check_tensors(entry) && (!found.grad || check_grad(entry, found));
     if (!found.fits || !found.grad) continue;
     // A rule without a counter knows its first step by the state that was just created for it.
+    if (entry.counted) continue;
     found.t = entry.counter_count > 0 ? read(entry.counters[0]) + 1 : entry.fresh ? 1 : 2;
     found.carry = entry.counter_count > 1 ? read(entry.counters[1]) : 0;
   }
@@ -710,12 +773,14 @@ void Plan::commit(size_t begin, size_t end) {
     const Active& active = active_[i];
     Entry& entry = *active.entry;
     if (active.stepped) {
-      if (entry.counter_count > 0) write(entry.counters[0], read(entry.counters[0]) + 1);
-      if (entry.counter_count > 1) write(entry.counters[1], active.row->carry);
+      if (entry.counter_count > 0 && !entry.counted) write(entry.counters[0], read(entry.counters[0]) + 1);
+      if (entry.counter_count > 1 && !entry.counted) write(entry.counters[1], active.row->carry);
       entry.fresh = false;
     }
     bump(entry.memory.impl);
-    for (int k = 0; k < active.row->slots; ++k) bump(entry.slots[active.row->first_slot + k].memory.impl);
+    const int first = active.row ? active.row->first_slot : 0;
+    const int slots = active.row ? active.row->slots : entry.slot_count;
+    for (int k = first; k < first + slots; ++k) bump(entry.slots[k].memory.impl);
   }
 }
 

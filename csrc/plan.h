@@ -31,7 +31,8 @@ class Plan {
   // Per group a sequence over its parameters: whether the kernels take it, over how many leading slices its gradient is
   // centralised (0: not), and whether its state is fresh.
   void build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh);
-  // sync: None, or per group whether the slow weights synchronise.
+  // sync: None, or per group whether the slow weights synchronise; where the group counts on its device, its counter (a
+  // float32 tensor) and the steps between synchronisations.
   Verdict gather(PyObject* groups, PyObject* state, PyObject* sync);
   // The devices that launch() will be asked for, beside the host.
   std::vector<int> devices() const;
@@ -65,7 +66,6 @@ class Plan {
     Memory memory;
     Dtype dtype;
   };
-  enum class CounterKind : int8_t { f32, f64, i32, i64 };
   struct Counter {
     PyObject* object;
     Memory memory;
@@ -86,6 +86,7 @@ class Plan {
     bool has_state;
     int8_t device;    // in devices_; -1: the host's kernels
     Dtype g_dtype;    // on a device: what its table says of the gradient
+    bool counted;     // its counters are on the device
     bool aligned;     // on a device: every stream must start at 16 bytes
     uint32_t number;  // in its device's plan
     bool fresh;       // no step was taken with the state it has
@@ -101,6 +102,9 @@ class Plan {
     Ref setting;
     Ref layout;
     size_t first = 0, count = 0;
+    bool counts_on_device = false;  // so its setting says; what counts is where the counters are
+    Ref on_device;                  // what row_setting was read from, and holds the tensors it points to
+    RowSetting row_setting;
     bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
     RowKey last_key{};
     const Row* last_row = nullptr;
@@ -121,8 +125,8 @@ class Plan {
   };
   struct Active {
     Entry* entry;
-    const Row* row;
-    bool stepped;  // has a gradient, so its counters advance
+    const Row* row;  // null: made on the device
+    bool stepped;    // has a gradient, so its counters advance
   };
 
   static double read(const Counter& counter);
@@ -136,10 +140,14 @@ class Plan {
   bool check_pairs(PyObject* dict, const Ref* pairs, size_t count) const;
   bool check_tensors(const Entry& entry) const;
   bool check_strides(const Entry& entry) const;
-  void build_entry(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
+  void build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
+  bool build_counters(Entry& entry, PyObject* state, bool on_device);
   void lay_out(Entry& entry);
   void plan_device(Entry& entry);
+  void read_row_setting(Group& group);
+  DeviceSetting device_setting(Group& group, PyObject* sync);
+  void add_counted(Entry& entry, const Found& found, const DeviceSetting& setting);
   void place_devices();
   void examine(size_t begin, size_t end);
   void commit(size_t begin, size_t end);

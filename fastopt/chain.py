@@ -80,15 +80,25 @@ class Chain:
         return hash(self.stages)
 
 
-def bind(function: Callable[..., Any], language: Any, cache: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """Copy `function`, and the helpers it calls from its own module, with the global ``tl`` meaning `language`."""
+def bind(
+    function: Callable[..., Any],
+    language: Any,
+    cache: dict[str, Any] | None = None,
+    wrap: Callable[[FunctionType], Any] = lambda copy: copy,
+) -> Any:
+    """Copy `function`, and the helpers it calls from its own module, with the global ``tl`` meaning `language`.
+
+    `wrap` is applied to every copy, helpers first.
+    """
     assert isinstance(function, FunctionType)
     cache = {} if cache is None else cache
-    names: dict[str, Any] = {"tl": language, "__builtins__": __builtins__}
+    names: dict[str, Any] = {"tl": language, "__builtins__": __builtins__, "__name__": function.__module__}
     for name in function.__code__.co_names:
         helper = function.__globals__.get(name)
         if isinstance(helper, FunctionType) and helper.__module__ == function.__module__:
             if name not in cache:
-                cache[name] = bind(helper, language, cache)
+                cache[name] = bind(helper, language, cache, wrap)
             names[name] = cache[name]
-    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__annotations__ = function.__annotations__
+    return wrap(copy)

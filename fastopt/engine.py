@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,11 +20,20 @@ from torch.optim import Optimizer
 from fastopt import backends, routing, stages
 from fastopt.backends import native, reference
 from fastopt.backends.amp import NONE, Amp
+from fastopt.backends.triton import TritonPlan
 from fastopt.chain import Chain
 from fastopt.plan import PythonPlan, check_state, missing_state
 from fastopt.rule import Rule, Setting, Settings
 
 TorchStep = Callable[[Optimizer], object]
+Due: TypeAlias = "bool | tuple[Tensor, int]"
+"""Whether a group synchronises at this step; on a device, the steps it has taken and those between."""
+_AMP = {"grad_scale", "found_inf"}
+
+
+def is_due(due: Due) -> bool:
+    """The answer, waiting for a device if it must."""
+    return due if isinstance(due, bool) else (int(due[0].item()) + 1) % due[1] == 0
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,16 @@ class Engine:
         self._routes: dict[int, Route] = {}
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
+        self.counts: list[bool] = []  # by group, whether its steps are counted on a device, where nobody waits for them
 
-    def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[bool] | None = None) -> bool:
+    def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
         """One step of everything that has a gradient; False if an overflow was found and nothing happened.
 
         `amp` carries ``grad_scale`` and ``found_inf`` when a GradScaler left the gradients scaled; `sync` says for
-        each group whether its slow weights synchronise at this step.
+        each group whether its slow weights synchronise at this step, or what its device counts by.
         """
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
-        scaled = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if "found_inf" in scaler else NONE
+        scaled = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
         if scaled.found_inf is not None and not self._defers():
             if scaled.found_inf.item():
                 return False
@@ -77,6 +87,7 @@ class Engine:
                     "parameters, gradients or state changed while the step was being prepared; call step() again"
                 )
             self.prepare(optimizer)
+            sync = self._decided(sync)
         if scaled.scale is not None:
             self._unscale(optimizer, scaled.scale)
         if self._torch:
@@ -89,15 +100,17 @@ class Engine:
 
     def _defers(self) -> bool:
         """Whether all that an overflow must leave alone is in the hands of kernels that look for it themselves."""
-        return bool(
-            self._routes
-            and all(route.device for route in self._routes.values())
-            and not self._fresh
-            and not self.rule.counters
-            and self.rule.slow is None
-        )
+        if not self._routes or not all(route.device for route in self._routes.values()) or self._fresh:
+            return False
+        return all(self.counts) if self.rule.counters else self.rule.slow is None
 
-    def _gather(self, optimizer: Optimizer, sync: Sequence[bool] | None) -> bool:
+    def _decided(self, sync: Sequence[Due] | None) -> list[Due] | None:
+        """`sync` without counters on a device for groups that the device alone does not serve."""
+        if sync is None:
+            return None
+        return [due if on_device or isinstance(due, bool) else is_due(due) for due, on_device in zip(sync, self.counts)]
+
+    def _gather(self, optimizer: Optimizer, sync: Sequence[Due] | None) -> bool:
         return all(plan.gather(optimizer.param_groups, optimizer.state, sync) for plan in self._plans.values())
 
     def prepare(self, optimizer: Optimizer) -> None:
@@ -107,6 +120,7 @@ class Engine:
         params = [p for group in groups for p in group["params"]]
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
         self._create_state(optimizer)
+        self.counts = [self._counts(optimizer, group) for group in groups]
         used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
         self._plans = {name: self._plans.get(name) or self._make_plan(name) for name in sorted(used)}
         for name, plan in self._plans.items():
@@ -118,11 +132,23 @@ class Engine:
             fresh = [[self._is_fresh(optimizer, p) for p in group["params"]] for group in groups]
             plan.build(groups, optimizer.state, takes, rows, fresh)
 
+    def _counts(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
+        """Whether all counters of a group are where a device's kernels advance them."""
+        if not self.rule.counters or not self.settings.of(group).counts_on_device:
+            return False
+        for p in group["params"]:
+            route = self._routes[id(p)]
+            own = (optimizer.state.get(p, {}).get(key) for key in self.rule.counters)
+            there = all(counter is None or counter.device == p.device for counter in own)
+            if not (route.device and there):
+                return False
+        return True
+
     def _make_plan(self, name: str) -> Any:
         if name in ("native", "emulated"):
             keys, counters = self.settings.keys, tuple(self.rule.counters)
             return native.make_plan(keys, counters, self.ignored, self.settings.of, emulate=name == "emulated")
-        return PythonPlan(self.settings.of)
+        return TritonPlan(self.settings.of) if name == "triton" else PythonPlan(self.settings.of)
 
     def routes(self, optimizer: Optimizer) -> dict[int, Route]:
         """Who takes each parameter, by its id, as things stand now."""
@@ -138,9 +164,11 @@ class Engine:
     def _route(self, setting: Setting, p: Tensor, shares: bool) -> Route:
         # Without a torch twin the reference backend stands in for torch's code.
         rest = "torch" if self.torch_step else "reference"
-        reason = routing.why_not_setting(setting, p.device.type) or routing.why_not_tensor(p)
+        reason = routing.why_not_setting(setting, p, self.asked == "emulated") or routing.why_not_tensor(p)
         if not reason and shares:
             reason = "its memory overlaps another parameter's, or it was given twice"
+        if reason and setting.h.capturable and not self.torch_step:
+            raise RuntimeError(f"capturable=True, but the kernels do not take a parameter on {p.device}: {reason}")
         if reason:
             return Route(rest, reason, passing=reason == routing.RELEASED)
         if p.grad is not None and (reason := routing.why_not_grad(p.grad)):
@@ -197,7 +225,7 @@ class Engine:
                 if p.grad is not None:
                     p.grad.div_(scale.to(p.grad.device))
 
-    def _step_torch(self, optimizer: Optimizer, sync: Sequence[bool] | None) -> None:
+    def _step_torch(self, optimizer: Optimizer, sync: Sequence[Due] | None) -> None:
         """torch's own code for the parameters the kernels do not take, then their slow weights."""
         assert self.torch_step is not None
         slow, left = self.rule.slow, self._left(optimizer)
@@ -213,7 +241,7 @@ class Engine:
         for p, tensor in before.items():
             optimizer.state[p][slow.key] = tensor
         for i, (group, params) in enumerate(zip(optimizer.param_groups, left, strict=True)):
-            if sync is not None and sync[i]:
+            if sync is not None and is_due(sync[i]):
                 alpha = self.rule.alpha(self.settings.of(group).h)
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)

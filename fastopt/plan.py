@@ -31,8 +31,8 @@ def counter_dtype(setting: Setting) -> torch.dtype:
 
 
 def create_counter(setting: Setting, p: Tensor, value: float) -> Tensor:
-    on_device = setting.h.capturable or setting.h.fused
-    return torch.tensor(float(value), dtype=counter_dtype(setting), device=p.device if on_device else "cpu")
+    device = p.device if setting.counts_on_device else "cpu"
+    return torch.full((), float(value), dtype=counter_dtype(setting), device=device)
 
 
 def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class PythonPlan:
             if new:
                 self._fresh.add(id(p))
 
-    def gather(self, groups: Groups, state: State, sync: Sequence[bool] | None) -> bool:
+    def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         """Collect this step's work; False when the plan does not fit what it finds."""
         self._work = []
         known = {id(p) for p in self._params}

@@ -19,12 +19,14 @@ MOST_DIMS = 8
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def why_not_setting(setting: Setting, device: str) -> str:
-    """Why the kernels do not take a whole parameter group on `device`; empty if they do."""
+def why_not_setting(setting: Setting, p: Tensor, emulated: bool = False) -> str:
+    """Why the kernels do not take p because of its group's hyper-parameters; empty if they do."""
     if setting.h.differentiable:
         return "differentiable=True needs torch operations that autograd can record"
-    if setting.h.capturable and device == "cpu":
+    if setting.h.capturable and p.device.type == "cpu" and not emulated:
         return "capturable=True on a CPU parameter is an error, which torch's own code reports"
+    if any(tensor.device != p.device for tensor in setting.tensors) and not emulated:
+        return f"a hyper-parameter lives on another device than the parameter, which is on {p.device}"
     return ""
 
 

@@ -1,8 +1,12 @@
 """What an optimizer class tells the engine: its stages, its state, and its coefficients at step t.
 
-A `Rule` is the host side of an optimizer, without tensors and without a device. A `Setting` is a rule together with
+A `Rule` is the host side of an optimizer, without state and without a device. A `Setting` is a rule together with
 the hyper-parameters of a parameter group; groups whose hyper-parameters are equal share one, and each of its
 coefficient rows is computed once however many parameters need it.
+
+Where the step lives on a device, so do the rows. The functions of a rule therefore take numbers or float64 tensors:
+`Setting.at` makes one row from Python floats, `Setting.device_rows` those of many parameters from tensors, without
+waiting for the device. Compiled code does the same from `Setting.on_device` (csrc/rows.h).
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fastopt import memory, stages
@@ -22,9 +27,33 @@ from fastopt.chain import Chain, Stage
 
 Hyper = Any
 """The hyper-parameters of a group as attributes, tensors resolved to numbers; `betas` also as `beta1` and `beta2`."""
+Number: TypeAlias = "float | Tensor"
+Condition: TypeAlias = "bool | Tensor"
 
 FLAGS = ("capturable", "differentiable", "fused", "maximize", "weight_decay")
 """Group keys that matter whatever the rule; a group without one counts as having it off."""
+SYMBOLIC = ("lr", "betas")
+"""Group keys whose tensors may stay on a device: they decide values, never which stages run."""
+
+
+def select(condition: Condition, a: Callable[[], Number], b: float) -> Number:
+    """a() where the condition holds, b elsewhere. A number is only made where it is defined."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a(), b)
+    return a() if condition else b
+
+
+def flag(condition: Condition) -> Number:
+    """1 where the condition holds, 0 elsewhere."""
+    return condition.double() if isinstance(condition, Tensor) else float(condition)
+
+
+def to_single(x: Number) -> Number:
+    """x rounded to float32."""
+    if isinstance(x, Tensor):
+        return x.float().double()
+    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
+    return rounded
 
 
 def zeros(p: Tensor, h: Hyper) -> Tensor:
@@ -44,7 +73,11 @@ class Slot:
 
 
 class Rule(ABC):
-    """The host side of one optimizer; everything computed here is float64 and rounded once, by the kernels."""
+    """The host side of one optimizer; everything computed here is float64 and rounded once, by the kernels.
+
+    What depends on t or on `SYMBOLIC` hyper-parameters is written with arithmetic, `select` and `flag`, so that it
+    means the same for numbers and for tensors.
+    """
 
     hyper: Sequence[str] = ()
     """Keys of the parameter groups that the rule reads, beside `FLAGS`."""
@@ -56,36 +89,49 @@ class Rule(ABC):
     """Where the slow weights live, for rules that have them."""
 
     @abstractmethod
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
-        """The stages of the rule itself at step t, without scaling, decay and slow weights; their state is the same."""
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
+        """The stages of the rule itself, without scaling, decay and slow weights."""
 
     @abstractmethod
     def slots(self, h: Hyper) -> dict[str, Slot]:
         """The state tensors by the names the stages use, in the order torch creates them."""
 
     @abstractmethod
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         """The coefficients of `update` at step t = 1, 2, ...; `carry` is what `carried` returned for this step."""
 
-    def carried(self, h: Hyper, t: float, carry: float, single: bool) -> float:
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]] | None:
+        """`coefficients` in compiled code: its name in `ROW_RULES` and what it reads, in its order and lr first.
+
+        None: there is none, and where the step lives on a device the rows are made by torch operations.
+        """
+        return None
+
+    def carried(self, h: Hyper, t: Number, carry: Number, single: bool) -> Number:
         """The second counter after step t; `single` says that it is stored in float32."""
         return carry
 
-    def decay(self, h: Hyper, t: float) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-        """Weight decay as a stage and its coefficient."""
+    def patient(self, h: Hyper) -> bool:
+        """Whether there are steps that wait."""
+        return False
+
+    def waits(self, h: Hyper, t: Number) -> Condition:
+        """Whether step t moves the moments alone, and leaves the parameter as it is, decay included."""
+        return False
+
+    def decay(self, h: Hyper) -> Stage | None:
+        """Weight decay as a stage."""
         if self.decouples and (h.decoupled_weight_decay or h.weight_decay == 0):
-            return (stages.shrink,), stages.shrink.row(factor=1 - h.lr * h.weight_decay)
-        if h.weight_decay == 0:
-            return (), ()
-        return (stages.l2,), stages.l2.row(weight_decay=h.weight_decay)
+            return stages.shrink
+        return None if h.weight_decay == 0 else stages.l2
 
     def alpha(self, h: Hyper) -> float:
         """The step of the slow weights."""
         return 1.0
 
-    def synchronises(self, h: Hyper, t: float, asked: bool) -> bool:
-        """Whether step t ends at the slow weights; `asked` says that the whole group does."""
-        return asked
+    def period(self, h: Hyper) -> float:
+        """Every how many of its own steps a parameter synchronises with its slow weights; 0: when its group does."""
+        return 0
 
     def rows(self, h: Hyper, p: Tensor) -> int:
         """Over how many leading slices of p the gradient is centralised, 0 for none."""
@@ -94,6 +140,12 @@ class Rule(ABC):
     def structure(self, h: Hyper) -> tuple[Any, ...]:
         """Hyper-parameters that decide what a plan records, beside the state: a change of one rebuilds the plan."""
         return bool(h.capturable), bool(h.differentiable), bool(h.fused)
+
+
+ROW_RULES = ("sgd", "momentum", "rmsprop", "rmsprop_momentum", "adagrad", "adam", "adamax", "nadam", "radam")
+"""The twins of csrc/rows.h, in its order: a name's place is its number there."""
+DECAYS = (None, stages.l2, stages.shrink)
+"""Weight decays, in the order of csrc/rows.h."""
 
 
 @dataclass(frozen=True)
@@ -105,41 +157,182 @@ class Row:
     carry: float
 
 
+@dataclass(frozen=True)
+class DeviceRow:
+    """What one step does to those of many parameters that take this chain, decided and computed on their device."""
+
+    chain: Chain
+    first_slot: int
+    coefficients: Tensor
+    """float64, one row per parameter; only rows of active parameters mean anything."""
+    active: Tensor
+    """bool, one per parameter."""
+
+
+class OnDevice(NamedTuple):
+    """A setting for csrc/rows.h: `RowSetting` there says what each field is."""
+
+    rule: int
+    decay: int
+    maximize: bool
+    slow: bool
+    weight_decay: float
+    alpha: float
+    period: float
+    hyper: tuple[float | Tensor, ...]
+    """A tensor is float32 or float64 with one element, and is read where it is, at every step anew."""
+    chains: tuple[int, ...]
+    """Of an update, one that ends at the slow weights, a step that waits, one that ends there too, and `PULL`."""
+
+
 class Setting:
     """A rule with fixed hyper-parameters. `layout` is equal, by identity, between settings that use the same state."""
 
     def __init__(self, rule: Rule, h: Hyper, chain_index: Callable[[Chain], int]) -> None:
         self.rule, self.h, self._index = rule, h, chain_index
+        self.counts_on_device = bool(h.capturable or h.fused)
+        """Whether torch keeps the counters of such a group on the parameter's device."""
+        self.tensors = tuple(value for value in vars(h).values() if isinstance(value, Tensor))
+        """Hyper-parameters that stay on their device."""
+        self.symbolic = bool(self.tensors)
         self.named_slots = rule.slots(h)
         if rule.slow is not None:
             self.named_slots["slow"] = rule.slow
-        self.chain = self._chain(1.0, False)
+        self.chain = self._chain(False, False)
         order = (*self.chain.state, *(("slow",) if rule.slow else ()))
         self.slots: tuple[str, ...] = tuple(self.named_slots[name].key for name in order)
         self.layout = _shared(("layout", self.slots, *rule.structure(h)))
 
-    def _chain(self, t: float, synchronised: bool) -> Chain:
+    def _chain(self, waits: bool, synchronised: bool) -> Chain:
         """One object for each sequence of stages, so that chains can be told apart by identity."""
         tail = (stages.lookahead,) if synchronised else ()
-        return _chain((stages.scale, *self.rule.decay(self.h, t)[0], *self.rule.update(self.h, t), *tail))
+        if waits:
+            return _chain((stages.scale, stages.moments, *tail))
+        decay = self.rule.decay(self.h)
+        return _chain((stages.scale, *((decay,) if decay else ()), *self.rule.update(self.h), *tail))
+
+    def _values(self, h: Hyper, t: Number, carry: Number, waits: bool) -> tuple[Any, ...]:
+        """The coefficients of `_chain`, without the slow weights'."""
+        rule = self.rule
+        scale = -1.0 if h.maximize else 1.0
+        if waits:
+            return scale, *stages.moments.row(w1=1 - h.beta1, beta2=h.beta2, w2=1 - h.beta2)
+        return scale, *_decay_row(rule.decay(h), h), *rule.coefficients(h, t, carry)
+
+    def _slow_values(self, h: Hyper, synchronised: bool) -> tuple[float, ...]:
+        return stages.lookahead.row(alpha=self.rule.alpha(h)) if synchronised else ()
+
+    def _synchronises(self, h: Hyper, t: Number, asked: Condition) -> Condition:
+        if self.rule.slow is None:
+            return False
+        period = self.rule.period(h)
+        return t % period == 0 if period else asked
+
+    def _numbers(self, convert: Callable[[Tensor], Number]) -> Hyper:
+        """The hyper-parameters with those that live on a device as `convert` has them."""
+        if not self.symbolic:
+            return self.h
+        return SimpleNamespace(**{k: convert(v) if isinstance(v, Tensor) else v for k, v in vars(self.h).items()})
 
     def at(self, t: float, carry: float, single: bool, sync: bool) -> Row:
         """The row at step t; t = 0 stands for a parameter without a gradient whose slow weights synchronise."""
-        h, rule = self.h, self.rule
+        h, rule = self._numbers(Tensor.item), self.rule
         if t == 0:
-            return Row(PULL, stages.lookahead.row(alpha=rule.alpha(h)), carry)
-        carry = rule.carried(h, t, carry, single)
-        values = (-1.0 if h.maximize else 1.0, *rule.decay(h, t)[1], *rule.coefficients(h, t, carry))
-        if rule.slow is not None and rule.synchronises(h, t, sync):
-            return Row(self._chain(t, True), (*values, *stages.lookahead.row(alpha=rule.alpha(h))), carry)
-        return Row(self._chain(t, False), values, carry)
+            return Row(PULL, self._slow_values(h, True), carry)
+        carried: Any = rule.carried(h, t, carry, single)
+        waits, synchronised = bool(rule.waits(h, t)), bool(self._synchronises(h, t, sync))
+        values = (*self._values(h, t, carried, waits), *self._slow_values(h, synchronised))
+        return Row(self._chain(waits, synchronised), values, carried)
 
     def row(self, t: float, carry: float, single: bool, sync: bool) -> tuple[int, int, int, tuple[float, ...], float]:
         """`at` for the compiled plan: chain index, first slot, number of slots, coefficients, second counter."""
         row = self.at(t, carry, single, sync)
-        used = len(row.chain.state)
-        first = len(self.slots) - 1 if row.chain is PULL else 0
-        return self._index(row.chain), first, used, row.coefficients, row.carry
+        return self._index(row.chain), self._first_slot(row.chain), len(row.chain.state), row.coefficients, row.carry
+
+    def _first_slot(self, chain: Chain) -> int:
+        return len(self.slots) - 1 if chain is PULL else 0
+
+    @torch.no_grad()
+    def device_rows(
+        self, t: Tensor, carry: Tensor | None = None, single: bool = True, asked: Condition = False
+    ) -> tuple[list[DeviceRow], Tensor | None]:
+        """`at` for many parameters, and the second counters after it; nothing is read from the device.
+
+        Args:
+            t: The step each parameter is at, float64; 0 as in `at`.
+            carry: The second counters as float64, for rules that have them.
+            single: Whether those are stored in float32.
+            asked: Whether the group synchronises: a bool, or a bool tensor of one element or of t's shape.
+
+        Returns:
+            One entry for each chain that may occur: one for most rules. Each parameter is active in one at most.
+        """
+        h, rule = self._numbers(lambda x: x.to(t.device, torch.float64, non_blocking=True).reshape(())), self.rule
+        carried: Any = rule.carried(h, t, 0.0 if carry is None else carry, single)
+        waiting, syncing, stepped = rule.waits(h, t), self._synchronises(h, t, asked), t != 0
+        rows: list[DeviceRow] = []
+        for waits in (False, True):
+            if (taken := _both(stepped, _is(waiting, waits))) is None:
+                continue
+            values = self._values(h, t, carried, waits)
+            for synchronised in (False, True):
+                if (active := _both(taken, _is(syncing, synchronised))) is not None:
+                    matrix = _matrix(t, (*values, *self._slow_values(h, synchronised)))
+                    rows.append(DeviceRow(self._chain(waits, synchronised), 0, matrix, active))
+        pulls = rule.slow is not None and not rule.period(h)
+        if pulls and (active := _both(t == 0, syncing)) is not None:
+            rows.append(DeviceRow(PULL, self._first_slot(PULL), _matrix(t, self._slow_values(h, True)), active))
+        return rows, None if carry is None else torch.where(stepped, carried, carry)
+
+    def on_device(self) -> OnDevice | None:
+        """What compiled code needs to make the rows; None where the rule has no twin there."""
+        h, rule = self.h, self.rule
+        twin = rule.twin(h)
+        if twin is None:
+            return None
+        name, hyper = twin
+        slow, patient, period = rule.slow is not None, rule.patient(h), rule.period(h)
+        possible = (True, slow, patient, slow and patient)
+        chains = [
+            self._index(self._chain(bool(way & 2), bool(way & 1))) if ok else -1 for way, ok in enumerate(possible)
+        ]
+        return OnDevice(
+            rule=ROW_RULES.index(name),
+            decay=DECAYS.index(rule.decay(h)),
+            maximize=bool(h.maximize),
+            slow=slow,
+            weight_decay=float(h.weight_decay),
+            alpha=float(rule.alpha(h)),
+            period=float(period),
+            hyper=tuple(value if isinstance(value, Tensor) else float(value) for value in hyper.values()),
+            chains=(*chains, self._index(PULL) if slow and not period else -1),
+        )
+
+
+def _decay_row(stage: Stage | None, h: Hyper) -> tuple[Number, ...]:
+    if stage is None:
+        return ()
+    return (1 - h.lr * h.weight_decay if stage is stages.shrink else h.weight_decay,)
+
+
+def _is(condition: Condition, value: bool) -> Condition:
+    """Whether the condition has this value."""
+    if isinstance(condition, Tensor):
+        return condition if value else condition.logical_not()
+    return condition == value
+
+
+def _both(a: Tensor, b: Condition) -> Tensor | None:
+    """Where both hold; None if b is known not to."""
+    if isinstance(b, Tensor):
+        return a & b
+    return a if b else None
+
+
+def _matrix(like: Tensor, values: tuple[Number, ...]) -> Tensor:
+    """A row for each element of `like`. A tensor made from a number would have to be copied to the device."""
+    columns = [v.expand_as(like) if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
+    return torch.stack(columns, 1)
 
 
 @cache
@@ -160,7 +353,7 @@ class Settings:
         self._known: dict[tuple[Any, ...], Setting] = {}
 
     def of(self, group: Mapping[str, Any]) -> Setting:
-        values = tuple(_number(group.get(key)) for key in self.keys)
+        values = tuple(_value(key, group.get(key), group) for key in self.keys)
         setting = self._known.get(values)
         if setting is None:
             if len(self._known) > 1024:  # a schedule that never repeats a value must not grow this for ever
@@ -169,20 +362,45 @@ class Settings:
         return setting
 
     def _hyper(self, values: tuple[Any, ...]) -> Hyper:
-        h = SimpleNamespace(**dict(zip(self.keys, values, strict=True)))
+        h = SimpleNamespace(**dict(zip(self.keys, map(_released, values), strict=True)))
         if "betas" in self.keys:
             h.beta1, h.beta2 = h.betas
         h.weight_decay = h.weight_decay or 0
         return h
 
 
-def _number(value: Any) -> Any:
-    """Tensors as Python numbers and lists as tuples: what can be compared by value."""
+class _Held:
+    """A tensor compared by identity: its value is read where it lives, when it is needed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and self.tensor is other.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+def stays(tensor: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a hyper-parameter stays on its device: it must not be waited for in a group whose steps live there."""
+    on_device = bool(group.get("capturable") or group.get("fused"))
+    return on_device and tensor.device.type != "cpu" and tensor.dtype in (torch.float32, torch.float64)
+
+
+def _value(key: str, value: Any, group: Mapping[str, Any]) -> Any:
+    """What can be compared by value: tensors as Python numbers unless they stay on a device, and lists as tuples."""
     if isinstance(value, Tensor):
-        return value.item()
+        return _Held(value) if key in SYMBOLIC and stays(value, group) else value.item()
     if isinstance(value, (list, tuple)):
-        return tuple(_number(item) for item in value)
+        return tuple(_value(key, item, group) for item in value)
     return value
+
+
+def _released(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_released, value))
+    return value.tensor if isinstance(value, _Held) else value
 
 
 _layouts: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -190,9 +408,3 @@ _layouts: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 def _shared(layout: tuple[Any, ...]) -> tuple[Any, ...]:
     return _layouts.setdefault(layout, layout)
-
-
-def to_single(x: float) -> float:
-    """x rounded to float32."""
-    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
-    return rounded

@@ -72,10 +72,10 @@ def test_signature_and_defaults() -> None:
     defaults = {name: p.default for name, p in signature.parameters.items()}
     expected = {"lr": 1e-3, "alpha": 0.5, "k": 6, "n_sma_threshold": 5, "betas": (0.95, 0.999), "eps": 1e-5,
                 "weight_decay": 0, "use_gc": True, "gc_conv_only": False, "degenerated_to_sgd": True,
-                "maximize": False, "backend": None}  # fmt: skip
+                "maximize": False, "capturable": False, "backend": None}  # fmt: skip
     assert {k: v for k, v in defaults.items() if k in expected} == expected
     assert list(defaults)[:11] == ["params", *list(expected)[:10]]
-    keyword = ("degenerated_to_sgd", "maximize", "backend")
+    keyword = ("degenerated_to_sgd", "maximize", "capturable", "backend")
     assert all(signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in keyword)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot
+from fastopt.rule import Hyper, Number, Rule, Slot
 
 
 def _initial(p: Tensor, h: Hyper) -> Tensor:
@@ -20,14 +20,17 @@ def _initial(p: Tensor, h: Hyper) -> Tensor:
 class AdagradRule(Rule):
     hyper: Sequence[str] = ("lr", "lr_decay", "eps", "initial_accumulator_value")
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         return (stages.adagrad,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return {"s": Slot("sum", _initial)}
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         return stages.adagrad.row(eps=h.eps, clr=h.lr / (1 + (t - 1) * h.lr_decay))
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        return "adagrad", {"lr": h.lr, "lr_decay": h.lr_decay, "eps": h.eps}
 
 
 class Adagrad(Fused, torch.optim.Adagrad):

@@ -9,25 +9,28 @@ import torch
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot
+from fastopt.rule import Hyper, Number, Rule, Slot
 
 
 class AdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "amsgrad", "decoupled_weight_decay")
     decouples = True
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         return (stages.amsgrad,) if h.amsgrad else (stages.adam,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
         slots = {"m": Slot("exp_avg"), "v": Slot("exp_avg_sq")}
         return slots | {"vmax": Slot("max_exp_avg_sq")} if h.amsgrad else slots
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         bc1, bc2 = 1 - h.beta1**t, 1 - h.beta2**t
         return stages.adam.row(
             w1=1 - h.beta1, beta2=h.beta2, w2=1 - h.beta2, eps=h.eps, sqrt_bc2=bc2**0.5, step_size=h.lr / bc1
         )
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        return "adam", {"lr": h.lr, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps}
 
 
 class Adam(Fused, torch.optim.Adam):

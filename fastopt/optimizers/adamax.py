@@ -9,20 +9,23 @@ import torch
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot
+from fastopt.rule import Hyper, Number, Rule, Slot
 
 
 class AdamaxRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps")
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         return (stages.adamax,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return {"m": Slot("exp_avg"), "u": Slot("exp_inf")}
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         return stages.adamax.row(w1=1 - h.beta1, beta2=h.beta2, eps=h.eps, step_size=h.lr / (1 - h.beta1**t))
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        return "adamax", {"lr": h.lr, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps}
 
 
 class Adamax(Fused, torch.optim.Adamax):

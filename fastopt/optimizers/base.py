@@ -107,7 +107,7 @@ class Fused(_Base):
             cls.__signature__ = _with_backend(_without_self(cls.torch_class.__init__))
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
-        if backend is not None and (reason := backends.why_not(backends.checked(backend))):
+        if backend is not None and (reason := backends.unusable(backends.checked(backend))):
             raise RuntimeError(f"backend={backend!r} was asked for, but {reason}")
         self._backend = backend
         hide()

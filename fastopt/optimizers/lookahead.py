@@ -6,17 +6,24 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt.chain import Stage
-from fastopt.engine import Engine, pull_back
+from fastopt.engine import Due, Engine, is_due, pull_back
 from fastopt.optimizers.base import Fused, entry, hide, torch_step
 from fastopt.optimizers.slow import SlowWeights, check_slow
-from fastopt.rule import Hyper, Rule, Slot, copy_of
+from fastopt.rule import Condition, Hyper, Number, Rule, Slot, copy_of
 
 _OUR_STEP = inspect.unwrap(Fused.step)
 K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", "slow_param"
+
+
+def _due(group: dict[str, Any]) -> Due:
+    """Whether the group synchronises at this step, or what its device counts by."""
+    step, k = group[STEP], group[K]
+    return (step, k) if isinstance(step, Tensor) else (step + 1) % k == 0
 
 
 class LookaheadRule(Rule):
@@ -29,20 +36,29 @@ class LookaheadRule(Rule):
         self.decouples = inner.decouples
         self.slow = Slot(SLOW, copy_of)
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
-        return self.inner.update(h, t)
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
+        return self.inner.update(h)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return self.inner.slots(h)
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         return self.inner.coefficients(h, t, carry)
 
-    def carried(self, h: Hyper, t: float, carry: float, single: bool) -> float:
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]] | None:
+        return self.inner.twin(h)
+
+    def carried(self, h: Hyper, t: Number, carry: Number, single: bool) -> Number:
         return self.inner.carried(h, t, carry, single)
 
-    def decay(self, h: Hyper, t: float) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-        return self.inner.decay(h, t)
+    def patient(self, h: Hyper) -> bool:
+        return self.inner.patient(h)
+
+    def waits(self, h: Hyper, t: Number) -> Condition:
+        return self.inner.waits(h, t)
+
+    def decay(self, h: Hyper) -> Stage | None:
+        return self.inner.decay(h)
 
     def alpha(self, h: Hyper) -> float:
         return float(h.lookahead_alpha)
@@ -158,15 +174,30 @@ class Lookahead(SlowWeights, Optimizer):
         """
         for group in self.param_groups:
             self._complete(group)
-        sync = [(group[STEP] + 1) % group[K] == 0 for group in self.param_groups]
+        sync = [_due(group) for group in self.param_groups]
         step = self._step_ours if self.fuses else self._step_foreign
         loss, stepped = step(sync, closure)
         if stepped:
-            for group in self.param_groups:
-                group[STEP] += 1
+            self._advance()
         return loss
 
-    def _step_ours(self, sync: list[bool], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+    def _advance(self) -> None:
+        """Count the step, on the device for groups whose steps are counted there: a replayed graph must count too."""
+        counts = self.engine().counts if self.fuses else []
+        on_device: list[Tensor] = []
+        for i, group in enumerate(self.param_groups):
+            if not (i < len(counts) and counts[i] and group["params"]):
+                group[STEP] = int(group[STEP]) + 1
+                continue
+            if not isinstance(group[STEP], Tensor):
+                group[STEP] = torch.full((), float(group[STEP]), device=group["params"][0].device)
+            on_device.append(group[STEP])
+        if on_device:
+            found_inf = getattr(self, "found_inf", None)
+            taken: Any = 1.0 if found_inf is None else 1.0 - found_inf.to(on_device[0].device).reshape(())
+            torch._foreach_add_(on_device, taken)
+
+    def _step_ours(self, sync: list[Due], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """The inner step() itself, so that its hooks and schedulers see it, with our stage in the same pass."""
         stepped = False
 
@@ -190,7 +221,7 @@ class Lookahead(SlowWeights, Optimizer):
             self._held = held = (inner, engine)
         return held[1]
 
-    def _step_foreign(self, sync: list[bool], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+    def _step_foreign(self, sync: list[Due], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         # State of an optimizer that initialises lazily must not exist before its first step, so the copies of the
         # parameters wait outside. With a closure, gradients only appear inside the step.
         before: dict[Tensor, Tensor] = {}
@@ -203,10 +234,16 @@ class Lookahead(SlowWeights, Optimizer):
             if p.grad is not None:
                 self.state[p][SLOW] = slow
         for group, due in zip(self.param_groups, sync, strict=True):
-            if due:
+            if is_due(due):
                 for p in group["params"]:
                     pull_back(p, self.state.get(p, {}).get(SLOW), float(group[ALPHA]))
         return loss, True
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group[STEP] = int(group[STEP])
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of the inner optimizer alone.

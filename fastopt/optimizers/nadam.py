@@ -10,7 +10,7 @@ import torch
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot, to_single
+from fastopt.rule import Hyper, Number, Rule, Slot, to_single
 
 
 class NAdamRule(Rule):
@@ -18,21 +18,21 @@ class NAdamRule(Rule):
     counters: Mapping[str, float] = MappingProxyType({"step": 0.0, "mu_product": 1.0})
     decouples = True
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         return (stages.nadam,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return {"m": Slot("exp_avg"), "v": Slot("exp_avg_sq")}
 
-    def mu(self, h: Hyper, t: float) -> float:
-        mu: float = h.beta1 * (1.0 - 0.5 * (0.96 ** (t * h.momentum_decay)))
+    def mu(self, h: Hyper, t: Number) -> Number:
+        mu: Number = h.beta1 * (1.0 - 0.5 * (0.96 ** (t * h.momentum_decay)))
         return mu
 
-    def carried(self, h: Hyper, t: float, carry: float, single: bool) -> float:
+    def carried(self, h: Hyper, t: Number, carry: Number, single: bool) -> Number:
         # torch multiplies its 0-dim float32 tensor by a Python number, which it rounds to float32 first.
         return to_single(carry * to_single(self.mu(h, t))) if single else carry * self.mu(h, t)
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         mu, mu_next = self.mu(h, t), self.mu(h, t + 1)
         return stages.nadam.row(
             w1=1 - h.beta1,
@@ -43,6 +43,10 @@ class NAdamRule(Rule):
             c_g=-h.lr * (1.0 - mu) / (1.0 - carry),
             c_m=(-h.lr * mu_next) / (1.0 - carry * mu_next),
         )
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        hyper = {"lr": h.lr, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps}
+        return "nadam", hyper | {"momentum_decay": h.momentum_decay}
 
 
 class NAdam(Fused, torch.optim.NAdam):

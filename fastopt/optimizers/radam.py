@@ -9,14 +9,14 @@ import torch
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot
+from fastopt.rule import Condition, Hyper, Number, Rule, Slot, flag, select
 
 
 class RAdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "decoupled_weight_decay")
     decouples = True
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         return (stages.radam,)
 
     def slots(self, h: Hyper) -> dict[str, Slot]:
@@ -25,17 +25,21 @@ class RAdamRule(Rule):
     def threshold(self, h: Hyper) -> float:
         return 5.0
 
-    def rectification(self, h: Hyper, t: float) -> float:
+    def rectification(self, h: Hyper, t: Number) -> Number:
         """r_t, or 0 while the approximated length of the moving average is at or below the threshold."""
         bc2 = 1 - h.beta2**t
         rho_inf = 2 / (1 - h.beta2) - 1
-        rho: float = rho_inf - 2 * t * (h.beta2**t) / bc2
-        if not rho > self.threshold(h):
-            return 0.0
-        rect: float = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
-        return rect
+        rho = rho_inf - 2 * t * (h.beta2**t) / bc2
+        return select(
+            rho > self.threshold(h),
+            lambda: ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5,
+            0.0,
+        )
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def waits(self, h: Hyper, t: Number) -> Condition:
+        return self.patient(h) and self.rectification(h, t) == 0
+
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         rect = self.rectification(h, t)
         return stages.radam.row(
             w1=1 - h.beta1,
@@ -45,9 +49,13 @@ class RAdamRule(Rule):
             bc1=1 - h.beta1**t,
             lr=h.lr,
             sqrt_bc2=(1 - h.beta2**t) ** 0.5,
-            rectified=float(rect > 0),
+            rectified=flag(rect > 0),
             rect=rect,
         )
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        hyper = {"lr": h.lr, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps}
+        return "radam", hyper | {"threshold": self.threshold(h), "waits": self.patient(h)}
 
 
 class RAdam(Fused, torch.optim.RAdam):

@@ -35,28 +35,17 @@ class RangerRule(RAdamRule):
     def threshold(self, h: Hyper) -> float:
         return float(h.n_sma_threshold)
 
-    def waits(self, h: Hyper, t: float) -> bool:
-        """Whether step t leaves the parameters alone."""
-        return bool(not h.degenerated_to_sgd and self.rectification(h, t) == 0)
+    def patient(self, h: Hyper) -> bool:
+        return not h.degenerated_to_sgd
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
-        return (stages.moments,) if self.waits(h, t) else super().update(h, t)
-
-    def decay(self, h: Hyper, t: float) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-        if self.waits(h, t):
-            return (), ()
-        return (stages.shrink,), stages.shrink.row(factor=1 - h.lr * h.weight_decay)
-
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
-        if self.waits(h, t):
-            return stages.moments.row(w1=1 - h.beta1, beta2=h.beta2, w2=1 - h.beta2)
-        return super().coefficients(h, t, carry)
+    def decay(self, h: Hyper) -> Stage:
+        return stages.shrink
 
     def alpha(self, h: Hyper) -> float:
         return float(h.alpha)
 
-    def synchronises(self, h: Hyper, t: float, asked: bool) -> bool:
-        return bool(t % h.k == 0)
+    def period(self, h: Hyper) -> float:
+        return float(h.k)
 
     def rows(self, h: Hyper, p: Tensor) -> int:
         return p.shape[0] if h.use_gc and p.numel() and p.dim() > (3 if h.gc_conv_only else 1) else 0
@@ -99,6 +88,7 @@ class Ranger(Fused, SlowWeights, Optimizer):
         degenerated_to_sgd: Take momentum steps until the step is rectified; False waits instead, as the RAdam authors'
             code does (default: True).
         maximize: Ascend instead of descend (default: False).
+        capturable: Keep ``step`` on the parameter's device, as in torch, for CUDA graphs (default: False).
         backend: "native" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
@@ -141,6 +131,7 @@ class Ranger(Fused, SlowWeights, Optimizer):
         *,
         degenerated_to_sgd: bool = True,
         maximize: bool = False,
+        capturable: bool = False,
         backend: str | None = None,
         N_sma_threshhold: float | None = None,
     ) -> None:
@@ -156,6 +147,7 @@ class Ranger(Fused, SlowWeights, Optimizer):
             "gc_conv_only": gc_conv_only,
             "degenerated_to_sgd": degenerated_to_sgd,
             "maximize": maximize,
+            "capturable": capturable,
         }
         _check(defaults)
         super().__init__(params, defaults, backend=backend)

@@ -9,13 +9,13 @@ import torch
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot
+from fastopt.rule import Hyper, Number, Rule, Slot
 
 
 class RMSpropRule(Rule):
     hyper: Sequence[str] = ("lr", "alpha", "eps", "momentum", "centered")
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         if h.momentum > 0:
             return (stages.rmsprop_centered_momentum if h.centered else stages.rmsprop_momentum,)
         return (stages.rmsprop_centered if h.centered else stages.rmsprop,)
@@ -28,9 +28,13 @@ class RMSpropRule(Rule):
             slots["ga"] = Slot("grad_avg")
         return slots
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         plain = stages.rmsprop.row(alpha=h.alpha, w=1 - h.alpha, eps=h.eps, minus_lr=-h.lr)
         return (*plain, h.momentum) if h.momentum > 0 else plain
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        plain = {"lr": h.lr, "alpha": h.alpha, "eps": h.eps}
+        return ("rmsprop_momentum", plain | {"momentum": h.momentum}) if h.momentum > 0 else ("rmsprop", plain)
 
 
 class RMSprop(Fused, torch.optim.RMSprop):

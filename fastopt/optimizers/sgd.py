@@ -10,14 +10,14 @@ import torch
 from fastopt import stages
 from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
-from fastopt.rule import Hyper, Rule, Slot
+from fastopt.rule import Hyper, Number, Rule, Slot, flag
 
 
 class SGDRule(Rule):
     hyper: Sequence[str] = ("lr", "momentum", "dampening", "nesterov")
     counters: Mapping[str, float] = MappingProxyType({})
 
-    def update(self, h: Hyper, t: float) -> tuple[Stage, ...]:
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
         if h.momentum == 0:
             return (stages.sgd,)
         return (stages.nesterov if h.nesterov else stages.momentum, stages.sgd)
@@ -25,12 +25,17 @@ class SGDRule(Rule):
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return {} if h.momentum == 0 else {"buf": Slot("momentum_buffer")}
 
-    def coefficients(self, h: Hyper, t: float, carry: float) -> tuple[float, ...]:
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
         descent = stages.sgd.row(minus_lr=-h.lr)
         if h.momentum == 0:
             return descent
-        first = float(t == 1)  # without a counter t is 1 on the first step of a parameter and 2 ever after
+        first = flag(t == 1)  # without a counter t is 1 on the first step of a parameter and 2 ever after
         return (*stages.momentum.row(first=first, mu=h.momentum, undamped=1 - h.dampening), *descent)
+
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        if h.momentum == 0:
+            return "sgd", {"lr": h.lr}
+        return "momentum", {"lr": h.lr, "momentum": h.momentum, "dampening": h.dampening}
 
 
 class SGD(Fused, torch.optim.SGD):
