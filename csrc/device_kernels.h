@@ -166,6 +166,33 @@ FASTOPT_HD int64_t offset_of(const DeviceStrides* layout, int stream, int64_t i)
   return offset;
 }
 
+// A lane's part of the sum of n contiguous gradients, wherever they begin: two 16-byte reads are under way at a time.
+template <class S, class T>
+FASTOPT_HD Pair sum_dense(const typename S::Raw* from, int n, const float* scale, int lane) {
+  using V = Vector<S, alignment / sizeof(typename S::Raw)>;
+  constexpr int each = V::each, deep = 2;
+  const auto plus = [&](Pair sum, T g) {
+    return add(sum, {static_cast<double>(scale ? g / static_cast<T>(*scale) : g), 0});
+  };
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(from) % alignment / sizeof(typename S::Raw));
+  const int head = past == 0 ? 0 : each - past < n ? each - past : n, last = head + (n - head) / each * each;
+  Pair sum{0, 0};
+  for (int i = head + lane * each; i < last; i += deep * lanes * each) {
+    V v[deep];
+#pragma unroll
+    for (int k = 0; k < deep; ++k)
+      if (i + k * lanes * each < last) v[k] = V::read(from + i + k * lanes * each);
+#pragma unroll
+    for (int k = 0; k < deep; ++k)
+      if (i + k * lanes * each < last)
+#pragma unroll
+        for (int j = 0; j < each; ++j) sum = plus(sum, v[k].template get<T>(j));
+  }
+  // Fewer than a vector before and after: together less than a warp.
+  if (lane < head + (n - last)) sum = plus(sum, S::template load<T>(from[lane < head ? lane : last + (lane - head)]));
+  return sum;
+}
+
 // The gradient of a tensor, for what needs nothing else of it.
 template <class T>
 struct Gradient {
@@ -180,9 +207,28 @@ struct Gradient {
   }
   // This lane's part of the sum of [begin, end).
   FASTOPT_HD Pair sum(int64_t begin, int64_t end, int lane) const {
-    Pair all{0, 0};
-    for (int64_t i = begin + lane; i < end; i += lanes) all = add(all, {static_cast<double>((*this)[i]), 0});
-    return all;
+    if (strides) {
+      Pair all{0, 0};
+      for (int64_t i = begin + lane; i < end; i += lanes) all = add(all, {static_cast<double>((*this)[i]), 0});
+      return all;
+    }
+    switch (dtype) {
+      case Dtype::f32:
+        return dense<Stored<Dtype::f32>>(begin, end, lane);
+      case Dtype::f64:
+        return dense<Stored<Dtype::f64>>(begin, end, lane);
+      case Dtype::bf16:
+        return dense<Stored<Dtype::bf16>>(begin, end, lane);
+      default:
+        return dense<Stored<Dtype::f16>>(begin, end, lane);
+    }
+  }
+
+ private:
+  template <class S>
+  FASTOPT_HD Pair dense(int64_t begin, int64_t end, int lane) const {
+    return sum_dense<S, T>(static_cast<const typename S::Raw*>(data) + begin, static_cast<int>(end - begin), scale,
+                           lane);
   }
 };
 
@@ -217,7 +263,14 @@ struct Update {
     }
   }
 
-  FASTOPT_HD Gradient<T> gradient() const { return {g, scale, tensor.strides, tensor.g_dtype}; }
+  // This lane's part of the sum of the gradients [begin, end).
+  FASTOPT_HD Pair sum(int64_t begin, int64_t end, int lane) const {
+    if constexpr (M::any)
+      return Gradient<T>{g, scale, tensor.strides, tensor.g_dtype}.sum(begin, end, lane);
+    else
+      return sum_dense<typename M::P, T>(static_cast<typename M::PRaw*>(g) + begin, static_cast<int>(end - begin),
+                                         scale, lane);
+  }
 
   // This lane's part of the elements [begin, end).
   FASTOPT_HD void range(int64_t begin, int64_t end, int lane) const {
@@ -332,7 +385,7 @@ FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& 
   const int64_t rows = rows_per_item(length, header.chunk), first = item.chunk * rows, all = tensor.n / length;
   for (int64_t row = first; row < all && row < first + rows; ++row) {
     const int64_t begin = row * length, end = begin + length;
-    const Pair sum = warp.sum([&](int lane) { return update.gradient().sum(begin, end, lane); });
+    const Pair sum = warp.sum([&](int lane) { return update.sum(begin, end, lane); });
     update.shift = static_cast<T>(total(sum) / static_cast<double>(length));
     warp.each([&](int lane) { update.range(begin, end, lane); });
   }

@@ -16,6 +16,7 @@
 #include "device_plan.h"
 #include "memo.h"
 #include "python.h"
+#include "tensors.h"
 
 namespace fastopt {
 
@@ -50,30 +51,19 @@ class Plan {
   void clear();
 
  private:
-  // What a tensor object led to when the plan was built.
-  struct Memory {
-    c10::TensorImpl* impl;
-    const c10::StorageImpl* storage;
-    const void* version;
-    const void* base;  // of the storage
-    int64_t offset;    // in elements
-    void* data;
-    caffe2::TypeMeta type;
-    bool contiguous;
-  };
   struct Slot {
     PyObject* object;  // kept alive by inner_
-    Memory memory;
+    TensorMemory memory;
     Dtype dtype;
   };
   struct Counter {
     PyObject* object;
-    Memory memory;
+    TensorMemory memory;
     CounterKind kind;
   };
   struct Entry {  // what every rule uses comes first: entries are read once a step, from cold memory
     Ref param;
-    Memory memory;
+    TensorMemory memory;
     const void* meta;
     uint64_t shape;  // a fingerprint of p's sizes
     int64_t n;
@@ -156,8 +146,6 @@ class Plan {
   static const Layout* layout_with(Entry& entry, c10::IntArrayRef gradient);
   static void prefetch(const Entry& entry);
   const c10::TensorImpl* find_grad(const Entry& entry) const;
-  static Memory memory_of(PyObject* tensor);
-  static bool unchanged(PyObject* tensor, const Memory& memory);
   void add_item(Entry& entry, Group& group, const Found& found, bool sync);
   const Row* row_for(Group& group, const RowKey& key);
   void trim();

@@ -1,0 +1,226 @@
+// Making the plan: what is recorded of every parameter, and its place in the tables of its device.
+#include <cstring>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "plan.h"
+#include "plan_names.h"
+
+namespace fastopt {
+
+bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
+  if (slot_keys.size() > static_cast<size_t>(max_slots)) throw std::invalid_argument("fastopt: too many state tensors");
+  for (const Ref& key : slot_keys) {
+    PyObject* object = PyDict_GetItemWithError(state, key.get());
+    if (!object) return false;
+    if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
+    Slot& slot = entry.slots[entry.slot_count++];
+    const c10::TensorImpl* impl = impl_of(object);
+    if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != entry.memory.impl->sizes() ||
+        impl->device() != entry.memory.impl->device())
+      throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
+    slot.object = object;
+    slot.memory = memory_of(object);
+  }
+  return true;
+}
+
+// The counters are on the CPU or all on the parameter's device; then, or if `on_device`, the device counts.
+bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
+  for (const Ref& key : counter_keys_) {
+    PyObject* object = PyDict_GetItemWithError(state, key.get());
+    if (!object) return false;
+    if (!is_tensor(object)) throw std::invalid_argument("fastopt: a counter is not a tensor");
+    Counter& counter = entry.counters[entry.counter_count++];
+    const c10::TensorImpl* impl = impl_of(object);
+    const bool here = impl->device().is_cpu();
+    if (!is_plain(impl) || impl->numel() != 1 || !(here || impl->device() == entry.memory.impl->device()))
+      throw std::invalid_argument("fastopt: a counter is not a single number on the CPU or its parameter's device");
+    on_device = on_device || !here;
+    switch (impl->dtype().toScalarType()) {
+      case c10::ScalarType::Float:
+        counter.kind = CounterKind::f32;
+        break;
+      case c10::ScalarType::Double:
+        counter.kind = CounterKind::f64;
+        break;
+      case c10::ScalarType::Int:
+        counter.kind = CounterKind::i32;
+        break;
+      case c10::ScalarType::Long:
+        counter.kind = CounterKind::i64;
+        break;
+      default:
+        throw std::invalid_argument("fastopt: a counter has an unsupported dtype");
+    }
+    counter.object = object;
+    counter.memory = memory_of(object);
+  }
+  entry.counted = on_device && entry.counter_count > 0;
+  return true;
+}
+
+// Decides between one flat run of memory and an element walk over strides.
+void Plan::lay_out(Entry& entry) {
+  bool flat = entry.memory.impl->is_non_overlapping_and_dense();
+  entry.one_dtype = entry.dtype == Dtype::f32 || entry.dtype == Dtype::f64;
+  for (int k = 0; k < entry.slot_count; ++k) {
+    flat = flat && same_strides(entry.memory.impl, entry.slots[k].memory.impl);
+    entry.one_dtype = entry.one_dtype && entry.slots[k].dtype == entry.dtype;
+  }
+  const auto sizes = entry.memory.impl->sizes(), strides = entry.memory.impl->strides();
+  if (entry.rows > 0 && entry.rows != sizes[0]) throw std::invalid_argument("fastopt: rows is not the first dimension");
+  const bool rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
+  if (flat && rows_contiguous) return;
+  if (sizes.size() > static_cast<size_t>(max_dims)) throw std::invalid_argument("fastopt: too many dimensions");
+  layout_with(entry, strides);
+}
+
+// The strides of p and its states, made on first need, with those of this step's gradient.
+const Layout* Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) {
+  if (!entry.layout) {
+    entry.layout = std::make_unique<Layout>();
+    entry.layout->sizes = entry.memory.impl->sizes().vec();
+    entry.layout->strides[0] = entry.memory.impl->strides().vec();
+    for (int k = 0; k < entry.slot_count; ++k)
+      entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
+  }
+  entry.layout->strides[1].assign(gradient.begin(), gradient.end());
+  return entry.layout.get();
+}
+
+void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys) {
+  const c10::TensorImpl* impl = impl_of(entry.param.get());
+  if (!is_plain(impl) || !dtype_of(impl, &entry.dtype))
+    throw std::invalid_argument("fastopt: a parameter that the kernels cannot take was planned for them");
+  entry.n = impl->numel();
+  entry.memory = memory_of(entry.param.get());
+  entry.meta = impl->autograd_meta();
+  entry.shape = fingerprint(impl->sizes());
+  PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
+  if (!own && PyErr_Occurred()) throw PythonError{};
+  if (slot_keys.empty() && counter_keys_.empty())
+    entry.has_state = true;
+  else
+    entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
+                      build_counters(entry, own, emulate_ && group.counts_on_device);
+  if (!entry.has_state) entry.slot_count = entry.counter_count = 0;
+  entry.counted = entry.counted && entry.has_state;
+  lay_out(entry);
+  entry.device = -1;
+  if (impl->device().is_cuda() || emulate_) plan_device(entry);
+}
+
+// Enters a parameter into the tables of its device, with the gradient it has now: one of another kind later on, and
+// the tables are made again.
+void Plan::plan_device(Entry& entry) {
+  const c10::TensorImpl *p = entry.memory.impl, *grad = grad_of(p);
+  entry.g_dtype = entry.dtype;
+  if (grad && is_plain(grad) && grad->sizes() == p->sizes() && dtype_of(grad, &entry.g_dtype)) {
+    if (entry.layout || !same_strides(p, grad)) layout_with(entry, grad->strides());
+    if (!is_aligned(grad->data())) misaligned_.insert(entry.param.get());
+  }
+  DeviceEntry planned{};
+  DeviceTensor& tensor = planned.tensor;
+  tensor.p = entry.memory.data;
+  tensor.n = entry.n;
+  tensor.row_length = entry.rows > 0 ? entry.n / entry.rows : 0;
+  tensor.p_dtype = entry.dtype;
+  tensor.g_dtype = entry.g_dtype;
+  entry.aligned = is_aligned(tensor.p) && !misaligned_.count(entry.param.get());
+  for (int k = 0; k < entry.slot_count; ++k) {
+    tensor.s[k] = entry.slots[k].memory.data;
+    tensor.s_dtype[k] = entry.slots[k].dtype;
+    entry.aligned = entry.aligned && is_aligned(tensor.s[k]);
+  }
+  planned.layout = entry.layout.get();
+
+  const int index = emulate_ ? 0 : p->device().index();
+  size_t k = 0;
+  while (k < devices_.size() && devices_[k].device() != index) ++k;
+  if (k == devices_.size()) {
+    const DeviceDriver* driver = emulate_ ? emulator() : cuda_driver();
+    if (!driver) throw std::invalid_argument("fastopt: this extension was built without the device's kernels");
+    devices_.emplace_back(*driver, index);
+  }
+  entry.device = static_cast<int8_t>(k);
+  DeviceCounters counters{};
+  if (entry.counted) {
+    counters.step = entry.counters[0].memory.data;
+    counters.step_kind = entry.counters[0].kind;
+    if (entry.counter_count > 1) counters.carry = entry.counters[1].memory.data;
+    counters.carry_kind = entry.counters[1].kind;
+  }
+  entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned, entry.counted ? &counters : nullptr));
+}
+
+void Plan::place_devices() {
+  const DeviceMemory memory{
+      [this](int device, size_t bytes) {
+        blobs_.push_back(Ref::steal(PyObject_CallMethod(memory_.get(), "allocate", "in", device, bytes)));
+        return static_cast<char*>(data_of(impl_of(blobs_.back().get())));
+      },
+      [this](int, char*, const char* from, size_t bytes) {
+        Ref::steal(PyObject_CallMethod(memory_.get(), "upload", "OKn", blobs_.back().get(),
+                                       reinterpret_cast<unsigned long long>(from), bytes));
+      }};
+  for (DevicePlan& device : devices_) device.place(memory);
+}
+
+void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
+  if (running_) throw std::runtime_error("fastopt: this optimizer is inside step() in another thread");
+  clear();
+  trim();
+  const std::vector<Ref> dicts = sequence(groups), natives = sequence(native), row_counts = sequence(rows),
+                         freshes = sequence(fresh);
+  size_t total = 0;
+  for (const Ref& dict : dicts)
+    total += static_cast<size_t>(PyObject_Length(PyDict_GetItem(dict.get(), names().params)));
+  entries_.reserve(total);
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    Group group;
+    record_group(group, dicts[i].get());
+    group.params = Ref(PyDict_GetItem(dicts[i].get(), names().params));
+    group.setting = setting_of(dicts[i].get(), &group.immutable);
+    group.layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
+    group.counts_on_device =
+        Ref::steal(PyObject_GetAttr(group.setting.get(), names().counts_on_device)).get() == Py_True;
+    group.first = entries_.size();
+    const std::vector<Ref> slot_keys = sequence(Ref::steal(PyObject_GetAttr(group.setting.get(), names().slots)).get());
+    const std::vector<Ref> params = sequence(group.params.get());
+    const std::vector<Ref> takes = sequence(natives[i].get()), counts = sequence(row_counts[i].get()),
+                           news = sequence(freshes[i].get());
+    group.count = params.size();
+    for (size_t k = 0; k < params.size(); ++k) {
+      Entry& entry = entries_.emplace_back();
+      entry.param = params[k];
+      entry.native = takes[k].get() == Py_True;
+      entry.fresh = news[k].get() == Py_True;
+      entry.rows = PyLong_AsLongLong(counts[k].get());
+      if (entry.native) build_entry(entry, group, state, slot_keys);
+    }
+    groups_.push_back(std::move(group));
+  }
+
+  std::unordered_map<PyObject*, bool> deep;
+  for (const Entry& entry : entries_) deep[entry.param.get()] = entry.native;
+  PyObject *param, *value, *key, *tensor;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(state, &at, &param, &value)) {
+    outer_.emplace_back(param);
+    outer_.emplace_back(value);
+    if (!deep.count(param) || !deep[param] || !PyDict_Check(value)) continue;
+    const size_t first = inner_.size();
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(value, &inner, &key, &tensor)) {
+      inner_.emplace_back(key);
+      inner_.emplace_back(tensor);
+    }
+    states_.push_back({value, version_of(value), first, inner_.size() - first});
+  }
+  state_version_ = version_of(state);
+  place_devices();
+  built_ = true;
+}
+
+}  // namespace fastopt

@@ -1,0 +1,125 @@
+// The plan's walk over what Python holds: param_groups, their hyper-parameters, and optimizer.state.
+#include <algorithm>
+
+#include "plan.h"
+#include "plan_names.h"
+
+namespace fastopt {
+namespace {
+
+constexpr size_t states_ahead = 32;  // dicts asked for before their versions are read
+
+bool holds(const std::vector<Ref>& refs, PyObject* object) {
+  return std::any_of(refs.begin(), refs.end(), [&](const Ref& ref) { return ref.get() == object; });
+}
+
+bool is_immutable_number(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
+      if (!is_immutable_number(PyTuple_GET_ITEM(value, i))) return false;
+    return true;
+  }
+  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
+}
+
+}  // namespace
+
+// The setting of a group: looked up by the values of its hyper-parameters when all are immutable numbers, else asked of
+// Python, which also resolves tensors and lists.
+Ref Plan::setting_of(PyObject* dict, bool* immutable) {
+  Ref key = Ref::steal(PyTuple_New(static_cast<Py_ssize_t>(hyper_.size())));
+  *immutable = true;
+  for (size_t i = 0; i < hyper_.size(); ++i) {
+    PyObject* value = PyDict_GetItemWithError(dict, hyper_[i].get());
+    if (!value && PyErr_Occurred()) throw PythonError{};
+    if (!value) value = Py_None;
+    if (!is_immutable_number(value)) *immutable = false;
+    Py_INCREF(value);
+    PyTuple_SET_ITEM(key.get(), static_cast<Py_ssize_t>(i), value);
+  }
+  if (!*immutable) return Ref::steal(PyObject_CallOneArg(intern_.get(), dict));
+  if (PyObject* known = PyDict_GetItemWithError(settings_.get(), key.get())) return Ref(known);
+  if (PyErr_Occurred()) throw PythonError{};
+  Ref setting = Ref::steal(PyObject_CallOneArg(intern_.get(), dict));
+  if (PyDict_SetItem(settings_.get(), key.get(), setting.get()) < 0) throw PythonError{};
+  return setting;
+}
+
+void Plan::record_group(Group& group, PyObject* dict) {
+  group.dict = Ref(dict);
+  group.items.clear();
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(dict, &at, &key, &value)) {
+    group.items.emplace_back(key);
+    group.items.emplace_back(holds(ignored_, key) ? nullptr : value);
+  }
+}
+
+// Whether the list of parameters is as it was; a list has no version, so each is compared.
+bool Plan::check_params(const Group& group) const {
+  PyObject* params = group.params.get();
+  if (!PyList_CheckExact(params) && !PyTuple_CheckExact(params)) return false;
+  if (static_cast<size_t>(Py_SIZE(params)) != group.count) return false;
+  PyObject** objects = PySequence_Fast_ITEMS(params);
+  for (size_t i = 0; i < group.count; ++i)
+    if (objects[i] != entries_[group.first + i].param.get()) return false;
+  return true;
+}
+
+// Whether the group still has the structure the plan was built for; refreshes its setting when a value changed.
+bool Plan::check_group(Group& group, PyObject* dict) {
+  if (dict != group.dict.get()) return false;
+  const uint64_t version = version_of(dict);
+  if (group.immutable && version != 0 && version == group.version) return check_params(group);
+  bool same = group.immutable && static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 == group.items.size();
+  PyObject *key, *value, *params = nullptr;
+  Py_ssize_t at = 0;
+  for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2) {
+    if (key == names().params) params = value;
+    if (same && (key != group.items[i].get() || (group.items[i + 1] && value != group.items[i + 1].get())))
+      same = false;
+  }
+  if (!params) params = PyDict_GetItemWithError(dict, names().params);
+  if (!params || params != group.params.get()) return false;
+  if (!check_params(group)) return false;
+  group.version = version;
+  if (same) return true;
+
+  group.setting = setting_of(dict, &group.immutable);
+  Ref layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
+  if (layout.get() != group.layout.get()) return false;
+  record_group(group, dict);
+  group.last_row = nullptr;
+  group.on_device = {};
+  return true;
+}
+
+// Whether a dict still yields these keys and values, by identity, in this order.
+bool Plan::check_pairs(PyObject* dict, const Ref* pairs, size_t count) const {
+  if (static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 != count) return false;
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2)
+    if (pairs[i].get() != key || pairs[i + 1].get() != value) return false;
+  return true;
+}
+
+// Whether optimizer.state, and every state that the kernels use, holds the objects it held.
+bool Plan::check_state(PyObject* state) {
+  if (const uint64_t version = version_of(state); version == 0 || version != state_version_) {
+    if (!check_pairs(state, outer_.data(), outer_.size())) return false;
+    state_version_ = version;
+  }
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (i + states_ahead < states_.size()) __builtin_prefetch(states_[i + states_ahead].dict);
+    State& own = states_[i];
+    const uint64_t version = version_of(own.dict);
+    if (version != 0 && version == own.version) continue;
+    if (!check_pairs(own.dict, inner_.data() + own.first, own.count)) return false;
+    own.version = version;
+  }
+  return true;
+}
+
+}  // namespace fastopt

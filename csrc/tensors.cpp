@@ -1,0 +1,62 @@
+#include "tensors.h"
+
+#include <cstring>
+
+namespace fastopt {
+
+bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype) {
+  switch (impl->dtype().toScalarType()) {
+    case c10::ScalarType::Float:
+      *dtype = Dtype::f32;
+      return true;
+    case c10::ScalarType::Double:
+      *dtype = Dtype::f64;
+      return true;
+    case c10::ScalarType::BFloat16:
+      *dtype = Dtype::bf16;
+      return true;
+    case c10::ScalarType::Half:
+      *dtype = Dtype::f16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The key set decides it all, and most tensors share one.
+bool is_plain(const c10::TensorImpl* impl) {
+  thread_local c10::DispatchKeySet last;
+  const c10::DispatchKeySet keys = impl->key_set();
+  if (keys == last) return true;
+  if (!(impl->device().is_cpu() || impl->device().is_cuda()) || impl->layout() != c10::Layout::Strided ||
+      !impl->has_storage() || keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Conjugate) ||
+      keys.has(c10::DispatchKey::Negative) || keys.has(c10::DispatchKey::ZeroTensor))
+    return false;
+  last = keys;
+  return true;
+}
+
+uint64_t fingerprint(c10::IntArrayRef sizes) {
+  uint64_t h = sizes.size();
+  for (const int64_t size : sizes) h = h * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(size);
+  return h;
+}
+
+bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
+  const auto sizes = a->sizes(), as = a->strides(), bs = b->strides();
+  if (sizes != b->sizes()) return false;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && as[d] != bs[d]) return false;
+  return true;
+}
+
+TensorMemory memory_of(PyObject* tensor) {
+  c10::TensorImpl* impl = impl_of(tensor);
+  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  // The counter itself is private; only a prefetch takes its address, and any address will do for that.
+  const void* version;
+  std::memcpy(&version, static_cast<const void*>(&impl->version_counter()), sizeof version);
+  return {impl, storage, version, data_of(impl), impl->dtype(), impl->is_contiguous()};
+}
+
+}  // namespace fastopt

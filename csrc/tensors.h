@@ -1,0 +1,60 @@
+// Looking at tensors below their Python objects: what kind they are, and whether they still lead where they led.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "device.h"
+#include "python.h"
+
+namespace fastopt {
+
+// What a tensor object led to when the plan was built.
+struct TensorMemory {
+  c10::TensorImpl* impl;
+  const c10::StorageImpl* storage;
+  const void* version;
+  void* data;
+  caffe2::TypeMeta type;
+  bool contiguous;
+};
+
+TensorMemory memory_of(PyObject* tensor);
+
+inline void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
+
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % alignment == 0; }
+
+// Whether a tensor object still leads to the same memory in the same layout, as far as that shows without strides. The
+// old pointers are compared, never followed.
+inline bool unchanged(PyObject* tensor, const TensorMemory& memory) {
+  const c10::TensorImpl* impl = impl_of(tensor);
+  return impl == memory.impl && impl->unsafe_storage().unsafeGetStorageImpl() == memory.storage &&
+         impl->data() == memory.data && impl->dtype() == memory.type && impl->is_contiguous() == memory.contiguous;
+}
+
+// The kernels' name of a tensor's dtype; false if they have none.
+bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype);
+
+// Memory that kernels can read: strided, on the CPU or a CUDA device, no subclass that intercepts operations, no
+// pending conjugation or negation.
+bool is_plain(const c10::TensorImpl* impl);
+
+// The gradient of a tensor; null if it has none.
+inline const c10::TensorImpl* grad_of(const c10::TensorImpl* impl) {
+  const c10::AutogradMetaInterface* meta = impl->autograd_meta();
+  if (!meta) return nullptr;
+  const at::Tensor& grad = meta->grad();
+  return grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
+}
+
+uint64_t fingerprint(c10::IntArrayRef sizes);
+
+// Whether two tensors have the same sizes and, where it matters, the same strides.
+bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b);
+
+// Counts a change of the tensor, for autograd.
+inline void bump(c10::TensorImpl* impl) {
+  if (impl->version_counter().enabled()) impl->bump_version();
+}
+
+}  // namespace fastopt
