@@ -30,7 +30,7 @@ inline constexpr int64_t part_length = 16384;  // elements of a longer slice tha
 inline constexpr int64_t most_parts = 256;     // of a slice
 
 // An unevaluated sum of doubles.
-struct Pair {
+struct alignas(16) Pair {
   double hi, lo;
 };
 

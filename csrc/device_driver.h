@@ -41,4 +41,7 @@ struct DeviceDriver {
 const DeviceDriver* cuda_driver();
 const DeviceDriver* emulator();
 
+// For tests of tensors too large to emulate whole: every launch runs its last items only; 0: all.
+void emulate_only_last(uint32_t items);
+
 }  // namespace fastopt

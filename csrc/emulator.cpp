@@ -10,6 +10,8 @@
 namespace fastopt {
 namespace {
 
+uint32_t only_last = 0;
+
 template <int... k>
 EmulatedKernel find(Mix mix, int chain, bool centralise, std::integer_sequence<int, k...>) {
   EmulatedKernel found = nullptr;
@@ -30,8 +32,9 @@ void with_arguments(const Launch& launch, F f) {
 void update(const Target&, const Launch& launch, Mix mix, int chain, bool centralise) {
   const EmulatedKernel kernel = find(mix, chain, centralise, std::make_integer_sequence<int, mixes>{});
   if (!kernel) throw std::logic_error("fastopt: a kernel was launched that does not exist");
-  with_arguments(
-      launch, [&](const LaunchHeader& header, const unsigned char* payload) { kernel(header, payload, launch.warps); });
+  with_arguments(launch, [&](const LaunchHeader& header, const unsigned char* payload) {
+    kernel(header, payload, only_last && only_last < launch.warps ? launch.warps - only_last : 0, launch.warps);
+  });
 }
 
 void sum_rows(const Target&, const Launch& launch, bool wide) {
@@ -54,6 +57,8 @@ void make_rows(const Target&, const RowsLaunch& launch) {
 }
 
 }  // namespace
+
+void emulate_only_last(uint32_t items) { only_last = items; }
 
 const DeviceDriver* emulator() {
   static constexpr DeviceDriver driver{

@@ -10,10 +10,11 @@ namespace fastopt {
 namespace {
 
 template <class Chain, Mix mix, bool centralise>
-void update(const LaunchHeader& header, const unsigned char* payload, uint32_t warps) {
+void update(const LaunchHeader& header, const unsigned char* payload, uint32_t first, uint32_t warps) {
   // As many as whole blocks have: the surplus must do nothing.
   const uint32_t per_block = block_threads / lanes, all = (warps + per_block - 1) / per_block * per_block;
-  for (uint32_t item = 0; item < all; ++item) run_item<Chain, mix, centralise>(header, payload, item, EmulatedWarp{});
+  for (uint32_t item = first; item < all; ++item)
+    run_item<Chain, mix, centralise>(header, payload, item, EmulatedWarp{});
 }
 
 template <class Chain, Mix mix, class... Some>

@@ -5,7 +5,7 @@
 
 namespace fastopt {
 
-using EmulatedKernel = void (*)(const LaunchHeader&, const unsigned char* payload, uint32_t warps);
+using EmulatedKernel = void (*)(const LaunchHeader&, const unsigned char* payload, uint32_t first, uint32_t warps);
 
 template <Mix mix>
 EmulatedKernel emulated_kernel(int chain, bool centralise);

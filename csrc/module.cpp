@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("chain_names", &fastopt::chain_names);
   m.def("instruction_set", [] { return fastopt::instruction_set().name; });
   m.def("has_cuda", [] { return fastopt::cuda_driver() != nullptr; });
+  m.def("emulate_only_last", &fastopt::emulate_only_last);
   m.def("has_emulator", [] { return fastopt::emulator() != nullptr; });
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init([](py::object hyper, py::object counters, py::object ignored, py::object intern, py::object memory,
