@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastopt.engine import Engine
+from fastopt.engine import Engine, Route
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.lookahead import Lookahead
 from fastopt.report import table
@@ -31,9 +31,10 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class BackendRow:
-    """What one backend takes: tensors, launches, and bytes read and written per step."""
+    """What one backend takes on one device: tensors, launches, and bytes read and written per step."""
 
     backend: str
+    device: str
     chain: str
     tensors: int
     launches: str
@@ -77,8 +78,10 @@ class Explanation:
         return table(("group", "tensors", "parameters", "size", "state", "hyper-parameters"), rows)
 
     def _backends(self) -> str:
-        rows = [(b.backend, str(b.tensors), b.launches, _size(b.bytes_per_step), b.chain) for b in self.backends]
-        return table(("backend", "tensors", "launches", "moved per step", "chain"), rows)
+        rows = [
+            (b.backend, b.device, str(b.tensors), b.launches, _size(b.bytes_per_step), b.chain) for b in self.backends
+        ]
+        return table(("backend", "device", "tensors", "launches", "moved per step", "chain"), rows, left=2)
 
 
 def explain(optimizer: Optimizer) -> Explanation:
@@ -101,7 +104,7 @@ def explain(optimizer: Optimizer) -> Explanation:
     engine, owner, period = _engine(optimizer)
     routes = engine.routes(owner)
     groups: list[GroupRow] = []
-    chains: dict[tuple[str, str], list[tuple[Tensor, Setting, int]]] = {}
+    chains: dict[tuple[Route, str, str], list[tuple[Tensor, Setting, int]]] = {}
     fallbacks: dict[tuple[int, str, str], list[int]] = {}
     for i, group in enumerate(owner.param_groups):
         setting = engine.settings.of(group)
@@ -109,13 +112,14 @@ def explain(optimizer: Optimizer) -> Explanation:
         groups.append(_group_row(i, group, setting))
         for k, p in enumerate(params):
             route = routes[id(p)]
-            chains.setdefault((route.backend, setting.chain.name), []).append((p, setting, period(group)))
+            taker = Route(route.backend, device=route.device)
+            chains.setdefault((taker, str(p.device), setting.chain.name), []).append((p, setting, period(group)))
             if route.reason:
                 fallbacks.setdefault((i, route.backend, route.reason), []).append(k)
     return Explanation(
         f"{type(optimizer).__name__}" + (f"({type(owner).__name__})" if owner is not optimizer else ""),
         tuple(groups),
-        tuple(_backend_row(backend, chain, taken) for (backend, chain), taken in chains.items()),
+        tuple(_backend_row(*taker, taken, owner) for taker, taken in chains.items()),
         tuple(FallbackRow(i, tuple(at), backend, reason) for (i, backend, reason), at in fallbacks.items()),
     )
 
@@ -149,15 +153,29 @@ def _group_row(index: int, group: dict[str, Any], setting: Setting) -> GroupRow:
     )
 
 
-def _backend_row(backend: str, chain: str, taken: list[tuple[Tensor, Setting, int]]) -> BackendRow:
+def _backend_row(
+    route: Route, device: str, chain: str, taken: list[tuple[Tensor, Setting, int]], owner: Optimizer
+) -> BackendRow:
     moved = 0.0
     for p, setting, period in taken:
         size = p.numel() * p.element_size()
         moved += size * (3 + 2 * len(setting.chain.state))  # g and p read, p written; states read and written
         if setting.rule.slow is not None:
             moved += 2 * size / period
-    launches = {"native": "1 for all", "reference": "several a tensor"}.get(backend, "torch's own")
-    return BackendRow(backend, chain if backend != "torch" else "torch.optim code", len(taken), launches, round(moved))
+    code = chain if route.backend != "torch" else "torch.optim code"
+    return BackendRow(route.backend, device, code, len(taken), _launches(route, taken, owner), round(moved))
+
+
+def _launches(route: Route, taken: list[tuple[Tensor, Setting, int]], owner: Optimizer) -> str:
+    """On a device one for each way of storing parameter and state, and one that makes the rows of counted tensors."""
+    if not route.device:
+        return {"native": "1 for all", "reference": "several a tensor"}.get(route.backend, "torch's own")
+    stored = {
+        (p.dtype, *(owner.state[p][key].dtype if key in owner.state.get(p, {}) else p.dtype for key in setting.slots))
+        for p, setting, _ in taken
+    }
+    counted = any(setting.rule.counters and setting.counts_on_device for _, setting, _ in taken)
+    return f"{len(stored)} + 1" if counted else str(len(stored))
 
 
 def _number(value: Any) -> str:
