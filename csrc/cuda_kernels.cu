@@ -3,37 +3,42 @@
 
 #include <type_traits>
 
-#include "device_kernels.h"
-
 namespace fastopt {
 namespace {
 
-// The lanes of the warp that a thread belongs to.
-struct CudaWarp {
-  int lane;
-  template <class F>
-  __device__ void each(F f) const {
-    f(lane);
-  }
-  template <class F>
-  __device__ Pair sum(F f) const {
-    Pair all = f(lane);
-    for (int apart = lanes / 2; apart > 0; apart /= 2)
-      all = add(all, {__shfl_xor_sync(~0u, all.hi, apart), __shfl_xor_sync(~0u, all.lo, apart)});
-    return all;
-  }
-};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool needs_more_registers = true;
+#else
+constexpr bool needs_more_registers = false;
+#endif
 
-// Blocks of 256 threads that an SM should hold: as many as keep 64 KB of loads in flight without spilling.
-template <class Chain, Mix mix>
-constexpr int blocks_per_sm = Chain::slots <= 2 && MixOf<mix>::V <= 4 ? 4 : 2;
+// How many blocks an SM should hold, by the states of a chain: as many as ptxas fits without a spill, since each holds
+// one vector of every stream in flight for each thread. tests/test_cuda_compiled.py lists what comes of it.
+template <class Chain, Mix mix, bool centralise>
+constexpr int blocks_per_sm() {
+  using M = MixOf<mix>;
+  constexpr int slots = Chain::slots;
+  if constexpr (M::any) {
+    return centralise ? 1 : 2;
+  } else {
+    constexpr bool vector_of_8 = M::V == 8, vector_of_2 = M::V == 2, wide_states = M::s_dtype == Dtype::f32;
+    if (centralise) return vector_of_8 || vector_of_2 || slots > 2 ? 2 : 3;
+    if (needs_more_registers) {
+      constexpr int f64[] = {4, 3, 2, 2, 2}, f32[] = {5, 4, 3, 3, 2}, narrow[] = {5, 4, 3, 2, 2};
+      return vector_of_2 ? f64[slots] : vector_of_8 ? narrow[slots] : f32[slots];
+    }
+    constexpr int f64[] = {5, 3, 3, 2, 2}, f32[] = {6, 5, 4, 4, 4}, mixed[] = {5, 4, 3, 3, 2},
+                  narrow[] = {5, 4, 4, 3, 3};
+    if (vector_of_8) return wide_states ? mixed[slots] : narrow[slots];
+    // Ten coefficients beside five vectors are more than 64 registers hold.
+    return vector_of_2 ? f64[slots] : slots == 3 && Chain::coefficients >= 10 ? 3 : f32[slots];
+  }
+}
 
 template <class Chain, Mix mix, bool centralise, int tier>
-__global__ void __launch_bounds__(block_threads, (blocks_per_sm<Chain, mix>))
+__global__ void __launch_bounds__(block_threads, (blocks_per_sm<Chain, mix, centralise>()))
     update(const __grid_constant__ Arguments<tier> arguments) {
-  const CudaWarp warp{static_cast<int>(threadIdx.x % lanes)};
-  const uint32_t item = blockIdx.x * (block_threads / lanes) + threadIdx.x / lanes;
-  run_item<Chain, mix, centralise>(arguments.header, arguments.payload, item, warp);
+  run_item<Chain, mix, centralise>(arguments.header, arguments.payload, CudaWarp::item(), CudaWarp());
 }
 
 template <class Chain, class Chains>

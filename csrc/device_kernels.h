@@ -52,13 +52,20 @@ struct alignas(alignment) Sixteen {
 };
 
 // Each address is read once and written once in a step: reads need no place in L1, and what is written as state is not
-// read again before the next step.
+// read again before the next step. But where a thread reads 32 bytes in two halves, a sector of memory, the second half
+// is to be found in L1.
+template <bool halved>
 FASTOPT_HD Sixteen read16(const void* from) {
   Sixteen x;
 #if defined(__CUDA_ARCH__)
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-               : "l"(from));
+  if constexpr (halved)
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+                 : "l"(from));
+  else
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+                 : "l"(from));
 #else
   memcpy(&x, from, sizeof x);
 #endif
@@ -92,7 +99,7 @@ struct Vector {
   FASTOPT_HD static Vector read(const typename S::Raw* from) {
     Vector v;
 #pragma unroll
-    for (int k = 0; k < parts; ++k) v.part[k] = read16(from + k * each);
+    for (int k = 0; k < parts; ++k) v.part[k] = read16<(parts > 1)>(from + k * each);
     return v;
   }
   FASTOPT_HD void write(typename S::Raw* to, bool streaming) const {
@@ -374,6 +381,7 @@ FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& 
     const Pair* const own = tensor.parts + row * parts;
     const Pair sum = warp.sum([&](int lane) {
       Pair all{0, 0};
+#pragma unroll 1
       for (int64_t k = lane; k < parts; k += lanes) all = add(all, own[k]);
       return all;
     });
@@ -382,12 +390,13 @@ FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& 
     warp.each([&](int lane) { update.range(begin, begin + longest_row < end ? begin + longest_row : end, lane); });
     return;
   }
-  const int64_t rows = rows_per_item(length, header.chunk), first = item.chunk * rows, all = tensor.n / length;
-  for (int64_t row = first; row < all && row < first + rows; ++row) {
-    const int64_t begin = row * length, end = begin + length;
-    const Pair sum = warp.sum([&](int lane) { return update.sum(begin, end, lane); });
-    update.shift = static_cast<T>(total(sum) / static_cast<double>(length));
-    warp.each([&](int lane) { update.range(begin, end, lane); });
+  const int short_length = static_cast<int>(length);
+  int64_t begin = item.chunk * rows_per_item(length, header.chunk) * length;
+  const int64_t end = begin + rows_per_item(length, header.chunk) * length;
+  for (const int64_t stop = end < tensor.n ? end : tensor.n; begin < stop; begin += short_length) {
+    const Pair sum = warp.sum([&](int lane) { return update.sum(begin, begin + short_length, lane); });
+    update.shift = static_cast<T>(total(sum) / static_cast<double>(short_length));
+    warp.each([&](int lane) { update.range(begin, begin + short_length, lane); });
   }
 }
 

@@ -45,6 +45,13 @@ int Plan::traverse(visitproc visit, void* arg) const {
   older_.visit_settings(see);
   if (found) return found;
   for (const Entry& entry : entries_) Py_VISIT(entry.param.get());
+  for (const Wrapped& wrapped : wrapped_) {
+    Py_VISIT(wrapped.local.get());
+    Py_VISIT(wrapped.spec.get());
+    Py_VISIT(wrapped.grad.get());
+    for (const Ref& slot : wrapped.slots) Py_VISIT(slot.get());
+    for (const Ref& wrapper : wrapped.wrappers) Py_VISIT(wrapper.get());
+  }
   Py_VISIT(intern_.get());
   Py_VISIT(memory_.get());
   Py_VISIT(settings_.get());
@@ -68,6 +75,7 @@ void Plan::clear() {
   states_.clear();
   devices_.clear();
   const auto blobs = std::exchange(blobs_, {});
+  const auto wrapped = std::exchange(wrapped_, {});
   // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
   const auto entries = std::exchange(entries_, {});
   const auto memo = std::exchange(memo_, {}), older = std::exchange(older_, {});
@@ -77,8 +85,7 @@ void Plan::clear() {
 
 // Whether the memory behind p, its states and its counters is still the memory the plan recorded.
 bool Plan::check_tensors(const Entry& entry) const {
-  if (!unchanged(entry.param.get(), entry.memory) || fingerprint(entry.memory.impl->sizes()) != entry.shape)
-    return false;
+  if (!unchanged(entry.object, entry.memory) || fingerprint(entry.memory.impl->sizes()) != entry.shape) return false;
   for (int k = 0; k < entry.slot_count; ++k) {
     const Slot& slot = entry.slots[k];
     if (!unchanged(slot.object, slot.memory) || slot.memory.impl->numel() != entry.n) return false;
@@ -232,8 +239,10 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   if (!check_state(state)) return Verdict::rebuild;
 
-  // Nothing below touches a Python object's reference count, so it may run on several threads at once.
   found_.resize(entries_.size());
+  if (!check_wrapped()) return Verdict::rebuild;
+
+  // This touches no Python object's reference count, so it may run on several threads at once.
   parallel(static_cast<int64_t>(entries_.size()), examine_grain,
            [this](int64_t begin, int64_t end) { examine(static_cast<size_t>(begin), static_cast<size_t>(end)); });
 
@@ -309,7 +318,7 @@ void Plan::prefetch(const Entry& entry) {
     __builtin_prefetch(memory.storage);
     __builtin_prefetch(memory.version, 1);
   };
-  touch(entry.param.get(), entry.memory);
+  touch(entry.object, entry.memory);
   __builtin_prefetch(reinterpret_cast<const char*>(entry.memory.impl) + 64);
   __builtin_prefetch(entry.meta);
   for (int k = 0; k < entry.slot_count; ++k) touch(entry.slots[k].object, entry.slots[k].memory);
@@ -321,7 +330,8 @@ void Plan::prefetch(const Entry& entry) {
 
 const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {
   if (!entry.native) return nullptr;
-  const c10::TensorImpl* grad = grad_of(impl_of(entry.param.get()));
+  if (entry.wrapped) return found_[static_cast<size_t>(&entry - entries_.data())].grad;  // check_wrapped found it
+  const c10::TensorImpl* grad = grad_of(impl_of(entry.object));
   if (grad) {
     __builtin_prefetch(grad);
     __builtin_prefetch(reinterpret_cast<const char*>(grad) + 64);
@@ -340,6 +350,7 @@ void Plan::commit(size_t begin, size_t end) {
       entry.fresh = false;
     }
     bump(entry.memory.impl);
+    if (entry.wrapped) bump(impl_of(entry.param.get()));
     const int first = active.row ? active.row->first_slot : 0;
     const int slots = active.row ? active.row->slots : entry.slot_count;
     for (int k = first; k < first + slots; ++k) bump(entry.slots[k].memory.impl);

@@ -61,8 +61,18 @@ class Plan {
     TensorMemory memory;
     CounterKind kind;
   };
+  // A parameter whose memory is another tensor's, as a DTensor's is its local shard's.
+  struct Wrapped {
+    size_t entry;
+    Ref local;                // the tensor within the parameter
+    Ref slots[max_slots];     // and within its states
+    Ref wrappers[max_slots];  // the states themselves
+    Ref spec;                 // how the parameter is placed, if it says
+    Ref grad;                 // the tensor within this step's gradient
+  };
   struct Entry {  // what every rule uses comes first: entries are read once a step, from cold memory
     Ref param;
+    PyObject* object;  // the tensor with its memory: itself, unless it is wrapped
     TensorMemory memory;
     const void* meta;
     uint64_t shape;  // a fingerprint of p's sizes
@@ -73,6 +83,7 @@ class Plan {
     int8_t slot_count;
     int8_t counter_count;
     bool native;
+    bool wrapped;
     bool has_state;
     int8_t device;    // in devices_; -1: the host's kernels
     Dtype g_dtype;    // on a device: what its table says of the gradient
@@ -130,6 +141,8 @@ class Plan {
   bool check_pairs(PyObject* dict, const Ref* pairs, size_t count) const;
   bool check_tensors(const Entry& entry) const;
   bool check_strides(const Entry& entry) const;
+  bool check_wrapped();
+  void unwrap(Entry& entry);
   void build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_counters(Entry& entry, PyObject* state, bool on_device);
@@ -160,7 +173,8 @@ class Plan {
   std::vector<Ref> inner_;     // key, tensor, ... of every state the kernels use
   std::vector<State> states_;  // those states, in the same order
   Memo memo_, older_;          // two generations: what a step needs again soon is in one of them
-  std::vector<Found> found_;   // by entry
+  std::vector<Wrapped> wrapped_;
+  std::vector<Found> found_;  // by entry
   std::vector<Active> active_;
   std::vector<Item> items_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;  // gradients, while the interpreter lock is released

@@ -14,7 +14,13 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     PyObject* object = PyDict_GetItemWithError(state, key.get());
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
-    Slot& slot = entry.slots[entry.slot_count++];
+    Slot& slot = entry.slots[entry.slot_count];
+    if (entry.wrapped) {
+      wrapped_.back().wrappers[entry.slot_count] = Ref(object);
+      wrapped_.back().slots[entry.slot_count] = within(object);
+      object = wrapped_.back().slots[entry.slot_count].get();
+    }
+    ++entry.slot_count;
     const c10::TensorImpl* impl = impl_of(object);
     if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != entry.memory.impl->sizes() ||
         impl->device() != entry.memory.impl->device())
@@ -90,11 +96,12 @@ const Layout* Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) {
 }
 
 void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys) {
-  const c10::TensorImpl* impl = impl_of(entry.param.get());
+  unwrap(entry);
+  const c10::TensorImpl* impl = impl_of(entry.object);
   if (!is_plain(impl) || !dtype_of(impl, &entry.dtype))
     throw std::invalid_argument("fastopt: a parameter that the kernels cannot take was planned for them");
   entry.n = impl->numel();
-  entry.memory = memory_of(entry.param.get());
+  entry.memory = memory_of(entry.object);
   entry.meta = impl->autograd_meta();
   entry.shape = fingerprint(impl->sizes());
   PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
@@ -114,7 +121,10 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
 // Enters a parameter into the tables of its device, with the gradient it has now: one of another kind later on, and
 // the tables are made again.
 void Plan::plan_device(Entry& entry) {
-  const c10::TensorImpl *p = entry.memory.impl, *grad = grad_of(p);
+  const c10::TensorImpl* const p = entry.memory.impl;
+  const c10::TensorImpl* const grad = !entry.wrapped         ? grad_of(p)
+                                      : wrapped_.back().grad ? impl_of(wrapped_.back().grad.get())
+                                                             : nullptr;
   entry.g_dtype = entry.dtype;
   if (grad && is_plain(grad) && grad->sizes() == p->sizes() && dtype_of(grad, &entry.g_dtype)) {
     if (entry.layout || !same_strides(p, grad)) layout_with(entry, grad->strides());

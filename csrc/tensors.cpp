@@ -59,4 +59,10 @@ TensorMemory memory_of(PyObject* tensor) {
   return {impl, storage, version, data_of(impl), impl->dtype(), impl->is_contiguous()};
 }
 
+Ref within(PyObject* tensor) {
+  static PyObject* const name = interned("_local_tensor");
+  if (!impl_of(tensor)->key_set().has(c10::DispatchKey::Python) || !PyObject_HasAttr(tensor, name)) return Ref(tensor);
+  return Ref::steal(PyObject_GetAttr(tensor, name));
+}
+
 }  // namespace fastopt

@@ -32,6 +32,9 @@ inline bool unchanged(PyObject* tensor, const TensorMemory& memory) {
          impl->data() == memory.data && impl->dtype() == memory.type && impl->is_contiguous() == memory.contiguous;
 }
 
+// The tensor whose memory a tensor object stands for: the local shard of a DTensor, or itself.
+Ref within(PyObject* tensor);
+
 // The kernels' name of a tensor's dtype; false if they have none.
 bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype);
 

@@ -115,6 +115,11 @@ class Engine:
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Decide who takes which parameter, create the state that this step needs, and build the plans."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and this step has to make state or tables (parameters, state or "
+                "gradients are not what they were): run a step on the same tensors before capturing"
+            )
         groups: list[dict[str, Any]] = optimizer.param_groups
         self._routes = self.routes(optimizer)
         params = [p for group in groups for p in group["params"]]
@@ -126,7 +131,7 @@ class Engine:
         for name, plan in self._plans.items():
             takes = [[self._routes[id(p)].backend == name for p in group["params"]] for group in groups]
             rows = [
-                [self.rule.rows(setting.h, p) for p in group["params"]]
+                [self._rows(setting, p) for p in group["params"]]
                 for group, setting in zip(groups, map(self.settings.of, groups), strict=True)
             ]
             fresh = [[self._is_fresh(optimizer, p) for p in group["params"]] for group in groups]
@@ -143,6 +148,17 @@ class Engine:
             if not (route.device and there):
                 return False
         return True
+
+    def _rows(self, setting: Setting, p: Tensor) -> int:
+        """Over how many leading slices of its memory the gradient of p is centralised."""
+        local = routing.within(p)
+        rows = self.rule.rows(setting.h, p) and self.rule.rows(setting.h, local)
+        if rows and local is not p and not routing.has_whole_slices(p):
+            raise ValueError(
+                f"gradients are centralised over all dimensions but the first, and a parameter is sharded over others "
+                f"({p._spec.placements}): shard it over dimension 0, or switch centralisation off for its group"  # type: ignore[attr-defined]
+            )
+        return rows
 
     def _make_plan(self, name: str) -> Any:
         if name in ("native", "emulated"):
@@ -250,7 +266,8 @@ class Engine:
 def pull_back(p: Tensor, slow: Tensor | None, alpha: float) -> None:
     """Synchronise one parameter with its slow weights in torch code."""
     if slow is not None:
-        reference.launch(_PULL, p, p, [slow], (alpha,), 0)
+        local = routing.within(p)
+        reference.launch(_PULL, local, local, [routing.within(slow)], (alpha,), 0)
 
 
 _PULL = Chain((stages.lookahead,))

@@ -65,7 +65,9 @@ def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: st
 def _kind(t: Tensor) -> str:
     """What a state shares with its parameter; the floating dtype it need not."""
     numbers = "complex" if t.is_complex() else "real" if t.is_floating_point() else str(t.dtype)
-    return f"{numbers} of shape {tuple(t.shape)} on {t.device.type}"
+    placed = getattr(getattr(t, "_spec", None), "placements", None)
+    where = t.device.type if placed is None else f"{t.device.type}, placed as {placed}"
+    return f"{numbers} of shape {tuple(t.shape)} on {where}"
 
 
 @dataclass
@@ -144,6 +146,8 @@ class PythonPlan:
                     continue
                 if missing_state(setting, p, own):
                     return False
+                if p.grad is not None:
+                    routing.check_placements(p)
                 check_state(setting, p, own, f"a parameter of group {i}")
                 self._work.append(self._item(p, setting, own, asked))
         return True
@@ -172,8 +176,12 @@ class PythonPlan:
             if len(work.counters) > 1:
                 work.counters[1].fill_(work.row.carry)
             self._fresh.discard(id(work.p))
-            grad = work.p if work.grad is None else work.grad
-            reference.launch(work.row.chain, work.p, grad, work.tensors, work.row.coefficients, work.rows)
+            p = routing.within(work.p)
+            grad = p if work.grad is None else routing.within(work.grad)
+            tensors = [routing.within(tensor) for tensor in work.tensors]
+            reference.launch(work.row.chain, p, grad, tensors, work.row.coefficients, work.rows)
+            if p is not work.p:
+                torch.autograd.graph.increment_version(work.p)
         self._work = []
 
 

@@ -30,8 +30,33 @@ def why_not_setting(setting: Setting, p: Tensor, emulated: bool = False) -> str:
     return ""
 
 
+def within(t: Tensor) -> Tensor:
+    """The tensor whose memory t stands for: the local shard of a DTensor, or t itself."""
+    local = getattr(t, "_local_tensor", None) if intercepts(t) else None
+    return t if local is None else local
+
+
+def has_whole_slices(p: Tensor) -> bool:
+    """Whether the local shard of a DTensor is made of whole leading slices."""
+    return all(getattr(placement, "dim", 0) == 0 for placement in p._spec.placements)  # type: ignore[attr-defined]
+
+
+def check_placements(p: Tensor) -> None:
+    """Reject a gradient placed otherwise than its parameter: it has other elements in its local tensor."""
+    spec, other = getattr(p, "_spec", None), getattr(p.grad, "_spec", None)
+    if spec is None or spec is other:
+        return
+    theirs = None if other is None else other.placements
+    if theirs != spec.placements:
+        raise ValueError(
+            f"a parameter is placed as {spec.placements} and its gradient as {theirs}: redistribute the gradient "
+            "before step()"
+        )
+
+
 def why_not_tensor(p: Tensor) -> str:
     """Why the kernels do not take a parameter; empty if they do."""
+    p = within(p)
     if p.layout != torch.strided:
         return f"layout {p.layout}"
     if intercepts(p):
@@ -51,6 +76,7 @@ def why_not_tensor(p: Tensor) -> str:
 
 def why_not_grad(g: Tensor) -> str:
     """Why the kernels do not take a gradient; empty if they do."""
+    g = within(g)
     if g.layout != torch.strided:
         return f"gradient of layout {str(g.layout).removeprefix('torch.')}"
     if intercepts(g):
@@ -89,13 +115,15 @@ def sharing(params: Iterable[Tensor]) -> set[int]:
     extents: list[tuple[int, int, int]] = []
     found: set[int] = set()
     seen: set[int] = set()
-    for p in params:
-        if id(p) in seen:
-            found.add(id(p))
-        seen.add(id(p))
+    for given in params:
+        name = id(given)
+        if name in seen:
+            found.add(name)
+        seen.add(name)
+        p = within(given)
         if p.layout == torch.strided and not intercepts(p) and p.numel():
             start = p.data_ptr()
-            extents.append((start, start - int(p.storage_offset()) * p.element_size() + _storage_end(p), id(p)))
+            extents.append((start, start - int(p.storage_offset()) * p.element_size() + _storage_end(p), name))
     extents.sort()
     end, owner = -1, -1
     for start, stop, name in extents:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from fastopt.backends import native, reference
+import torch
 
-NAMES = ("native", "reference")
+from fastopt.backends import native, reference, triton
+
+NAMES = ("native", "triton", "reference")
 _WHY_NOT: dict[str, Callable[[str], str]] = {
     "native": native.why_not,
+    "triton": triton.why_not,
     "reference": reference.why_not,
     "emulated": native.why_not_emulated,
 }
@@ -22,6 +25,13 @@ _WHY_NOT: dict[str, Callable[[str], str]] = {
 def why_not(name: str, device: str = "cpu") -> str:
     """Why backend `name` cannot run on `device` (a device type), and what to do; empty if it can."""
     return _WHY_NOT[checked(name)](device)
+
+
+def unusable(name: str) -> str:
+    """Why backend `name` can run on no device that torch sees; empty if it can on one."""
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    reasons = [why_not(name, device) for device in devices]
+    return reasons[0] if all(reasons) else ""
 
 
 def available(name: str, device: str = "cpu") -> bool:
@@ -55,4 +65,6 @@ def choose(device: str, asked: str | None) -> str | None:
         if reason := why_not(asked, device):
             raise RuntimeError(f"backend {asked!r} was asked for on device {device!r}: {reason}")
         return asked
-    return "native" if available("native", device) else None
+    if available("native", device):
+        return "native"
+    return "triton" if device == "cuda" and available("triton", device) else None

@@ -105,11 +105,6 @@ class DeviceMemory:
         self._device = "cpu" if emulate else "cuda:{}"
 
     def allocate(self, device: int, nbytes: int) -> Tensor:
-        if self._device != "cpu" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph is being captured, and this step has to make new tables (parameters, state or gradients "
-                "are not what they were): run a step on the same tensors before capturing"
-            )
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device.format(device))
 
     def upload(self, to: Tensor, address: int, nbytes: int) -> None:

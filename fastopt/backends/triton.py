@@ -1,0 +1,702 @@
+"""The Triton backend: every chain on a GPU without a compiler, in one launch per device, chain and mix of dtypes.
+
+Works without the compiled extension. `TritonPlan` answers to the calls of ``_C.Plan`` (build, gather, launch): `build`
+sorts the parameters into buckets and makes their tables (triton_tables.py), `gather` compares what is *now* in
+param_groups, state and ``.grad`` with what the tables say, and `launch` sends one block of bytes and starts the kernels
+(triton_kernels.py). Tensors that are not dense, or whose gradient lies otherwise than they do, go through a strided
+variant of the same kernel.
+
+Triton is imported by the first function that needs it: without it this backend is missing, and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache, reduce
+from itertools import chain as concatenated
+from operator import attrgetter, eq, is_, methodcaller, or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt import routing
+from fastopt.backends import triton_kernels as kernels
+from fastopt.backends.amp import NONE, Amp
+from fastopt.backends.triton_tables import REBUILD, Bucket, Channel, Entry, Key, Tile, classify
+from fastopt.chain import Chain
+from fastopt.rule import FLAGS, PULL, DeviceRow, Row, Setting
+
+OLDEST = (3, 6)
+TILE = Tile()
+"""The shape of every launch of plans made from now on."""
+State = Mapping[Tensor, dict[str, Any]]
+Groups = Sequence[Mapping[str, Any]]
+
+
+def why_not(device: str = "cpu") -> str:
+    """Why Triton cannot serve a device type; on the CPU only its interpreter can, for tests."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and not interpreting:
+        return "Triton compiles for GPUs (its interpreter runs on a CPU, for tests: set TRITON_INTERPRET=1)"
+    if device not in ("cpu", "cuda"):
+        return f"the Triton backend has no {device} kernels"
+    if device == "cuda" and interpreting:
+        return "TRITON_INTERPRET=1 is set, which runs Triton's kernels on the CPU: unset it"
+    return _why_not_triton() or (_why_not_cuda() if device == "cuda" else _why_not_interpreter())
+
+
+@cache
+def _why_not_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton` (it comes with CUDA builds of torch for Linux)"
+    try:
+        import triton
+    except Exception as error:  # a broken installation can raise anything
+        return f"Triton does not load ({type(error).__name__}: {error}): reinstall it"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"Triton {triton.__version__} is too old: `pip install 'triton>={'.'.join(map(str, OLDEST))}'`"
+    return ""
+
+
+def _why_not_interpreter() -> str:
+    import triton.language
+
+    if type(triton.language.cdiv).__name__ != "InterpretedFunction":
+        return "TRITON_INTERPRET=1 was set after Triton was imported: set it before"
+    return ""
+
+
+@cache
+def _why_not_cuda() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "the Triton backend was never run on ROCm"
+    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
+    if old:
+        return f"CUDA device {old[0]} ({torch.cuda.get_device_name(old[0])}) is older than compute capability 8.0"
+    return ""
+
+
+_COUNTERS: dict[torch.dtype, Any] = {
+    torch.float32: ctypes.c_float,
+    torch.float64: ctypes.c_double,
+    torch.int32: ctypes.c_int32,
+    torch.int64: ctypes.c_int64,
+}
+
+
+class _SlowCounter:
+    """A counter of an unusual dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def value(self) -> float:
+        return self._tensor.item()
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._tensor.fill_(value)
+
+
+def _counter(tensor: Tensor) -> Any:
+    """A counter in host memory. Through ctypes a read costs 0.03 us, through torch an addition costs 1.5."""
+    kind = _COUNTERS.get(tensor.dtype)
+    return kind.from_address(tensor.data_ptr()) if kind else _SlowCounter(tensor)
+
+
+@dataclass(eq=False)
+class Segment:
+    """The entries begin..end of a bucket, all of one parameter group."""
+
+    group: int
+    begin: int
+    end: int
+    steps: list[Any]
+    """Counters in host memory, or the tensors themselves where `on_device`; empty for rules that count nothing."""
+    carries: list[Any]
+    single: bool
+    on_device: bool
+    """Whether steps are counted, or a hyper-parameter lies, on the device: the rows are then made there."""
+    entries: list[Entry]
+    _written: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def steps_before(self) -> list[float]:
+        """Of entries whose rule counts nothing: whether a step was taken."""
+        return [0.0 if entry.fresh else 1.0 for entry in self.entries]
+
+    def written(self, first: int, used: int) -> list[Tensor]:
+        """What a step of all entries writes to, when it uses these states."""
+        if (first, used) not in self._written:
+            self._written[first, used] = [t for e in self.entries for t in _written(e, first, used)]
+        return self._written[first, used]
+
+
+def _written(entry: Entry, first: int, used: int) -> list[Tensor]:
+    return [entry.p, *entry.tensors[first : first + used], *entry.counters]
+
+
+@dataclass(eq=False)
+class Launch:
+    """One chain over one bucket: the row of coefficients of each entry, -1 for those that it leaves alone."""
+
+    chain: Chain
+    first_slot: int
+    aligned: bool
+    rows: array[int]
+    coefficients: list[tuple[float, ...]] = field(default_factory=list)
+    known: dict[int, int] = field(default_factory=dict)
+
+    def index(self, row: Row) -> int:
+        index = self.known.get(id(row))
+        if index is None:
+            index = self.known[id(row)] = len(self.coefficients)
+            self.coefficients.append(row.coefficients)
+        return index
+
+
+@dataclass(eq=False)
+class Work:
+    """What one step does to one bucket."""
+
+    bucket: Bucket
+    pointers: list[int]
+    """Of the gradients, 0 where there is none; an empty one has no address and gets 1."""
+    present: list[bool] | None
+    """None: all."""
+    misaligned: list[bool] | None
+    """Entries whose gradient is not at a multiple of 16 bytes; None: none of them."""
+    launches: dict[tuple[Chain, bool], Launch] = field(default_factory=dict)
+    on_device: list[tuple[Segment, Setting, Any]] = field(default_factory=list)
+
+    def launch(self, chain: Chain, first_slot: int, aligned: bool) -> Launch:
+        found = self.launches.get((chain, aligned))
+        if found is None:
+            rows = array("i", [-1]) * len(self.pointers)
+            found = self.launches[chain, aligned] = Launch(chain, first_slot, aligned, rows)
+        return found
+
+    def has(self, k: int) -> bool:
+        return self.present is None or self.present[k]
+
+    def is_aligned(self, k: int) -> bool:
+        return self.bucket.key.aligned and not (self.misaligned and self.misaligned[k])
+
+
+_dtype, _shape, _layout, _grad = attrgetter("dtype"), attrgetter("shape"), attrgetter("layout"), attrgetter("grad")
+
+
+class Memory:
+    """Where tensors lie and how, compared on every step; through map(), at a third less than in a loop."""
+
+    def __init__(self, tensors: list[Tensor], counters: list[Tensor]) -> None:
+        self._tensors, self._every = tensors, tensors + counters
+        self._pointers = [t.data_ptr() for t in self._every]
+        self._dtypes = [t.dtype for t in self._every]
+        self._strides = [t.stride() for t in tensors]
+        self._shapes = [t.shape for t in tensors]
+
+    def holds(self) -> bool:
+        return (
+            all(map(eq, map(Tensor.data_ptr, self._every), self._pointers))
+            and all(map(is_, map(_dtype, self._every), self._dtypes))
+            and all(map(eq, map(Tensor.stride, self._tensors), self._strides))
+            and all(map(eq, map(_shape, self._tensors), self._shapes))
+        )
+
+
+class GroupSettings:
+    """The settings of the parameter groups, looked up again only where a value is another object than it was."""
+
+    def __init__(self, setting_of: Callable[[Mapping[str, Any]], Setting]) -> None:
+        self._setting_of = setting_of
+        self._known: list[tuple[Setting, tuple[str, ...], list[Any]]] = []
+
+    def of(self, groups: Groups) -> list[Setting]:
+        del self._known[len(groups) :]
+        for i, group in enumerate(groups):
+            if i < len(self._known):
+                _, keys, values = self._known[i]
+                if all(map(is_, map(group.get, keys), values)):
+                    continue
+            setting = self._setting_of(group)
+            keys = tuple(dict.fromkeys((*setting.rule.hyper, *FLAGS)))
+            # What can change in place is looked up every time: no value is the stand-in.
+            held = [v if _is_immutable(v) else object() for v in map(group.get, keys)]
+            self._known[i : i + 1] = [(setting, keys, held)]
+        return [setting for setting, _, _ in self._known]
+
+
+def _is_immutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_immutable, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+class TritonPlan:
+    """The plan of an optimizer whose parameters Triton updates; see `fastopt.plan.PythonPlan` for the three calls."""
+
+    def __init__(self, setting_of: Callable[[Mapping[str, Any]], Setting], tile: Tile | None = None) -> None:
+        self._settings = GroupSettings(setting_of)
+        self._tile = tile or TILE
+        self._channels: dict[torch.device, Channel] = {}
+        self._memo: dict[tuple[Any, ...], Row] = {}
+        self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
+        self._params: list[Tensor] = []
+        self._buckets: list[Bucket] = []
+        self._work: list[Work] = []
+        self._updates: list[tuple[list[Any], float]] = []
+        self._written: list[Tensor] = []
+        self._grads: list[Tensor] = []
+        self.launches = 0
+        """How many kernels the last step launched."""
+
+    def build(
+        self,
+        groups: Groups,
+        state: State,
+        takes: Sequence[Sequence[bool]],
+        rows: Sequence[Sequence[int]],
+        fresh: Sequence[Sequence[bool]],
+    ) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(REBUILD)
+        self._params = [p for group in groups for p in group["params"]]
+        self._counts = [len(group["params"]) for group in groups]
+        settings = self._settings.of(groups)
+        self._layouts = [setting.layout for setting in settings]
+        self._waiting: list[Tensor] = []
+        entries: list[Entry] = []
+        for i, group in enumerate(groups):
+            for p, taken, n, new in zip(group["params"], takes[i], rows[i], fresh[i], strict=True):
+                if not taken:
+                    continue
+                entry = _entry(p, i, settings[i], state.get(p, {}), n, new)
+                if entry is None:
+                    self._waiting.append(p)
+                    continue
+                classify(entry, p.dtype if p.grad is None else p.grad.dtype, self._tile)
+                entries.append(entry)
+        self._make_buckets(entries, settings)
+        self._record(state)
+
+    def _make_buckets(self, entries: list[Entry], settings: list[Setting]) -> None:
+        by_key: dict[Key, list[Entry]] = {}
+        for entry in entries:
+            by_key.setdefault(entry.key, []).append(entry)
+        self._entries = list(concatenated.from_iterable(by_key.values()))
+        self._buckets, self._segments = [], []
+        for key, members in by_key.items():
+            begin = sum(len(bucket.entries) for bucket in self._buckets)
+            self._buckets.append(Bucket(key, members, begin, self._tile))
+            self._segments.append([self._segment(run, members, settings) for run in _runs(members)])
+
+    def _segment(self, run: tuple[int, int], members: list[Entry], settings: list[Setting]) -> Segment:
+        own = members[run[0] : run[1]]
+        setting = settings[own[0].group]
+        on_device = self._on_device(own[0], setting)
+        # Without counters there are none; a second one is carried.
+        columns: list[list[Any]] = [[e.counters[k] for e in own] for k in range(len(setting.rule.counters))]
+        single = len(columns) < 2 or columns[1][0].dtype == torch.float32
+        if not on_device:
+            columns = [[_counter(tensor) for tensor in column] for column in columns]
+        else:
+            columns = [[tensor.reshape(()) for tensor in column] for column in columns]
+        steps, carries = [*columns, [], []][:2]
+        return Segment(own[0].group, *run, steps, carries, single, on_device, own)
+
+    def _on_device(self, entry: Entry, setting: Setting) -> bool:
+        if not entry.counters:
+            return setting.symbolic
+        device = entry.counters[0].device
+        return device.type != "cpu" or (setting.counts_on_device and device == entry.p.device)
+
+    def _record(self, state: State) -> None:
+        """What the next steps must find unchanged."""
+        entries = self._entries
+        self._state_keys = list(state)
+        self._state_values = list(state.values())
+        self._dicts = [state[e.p] for e in entries if e.p in state]
+        self._keys = list(concatenated.from_iterable(self._dicts))
+        self._values = list(concatenated.from_iterable(map(methodcaller("values"), self._dicts)))
+        self._memory = Memory([t for e in entries for t in (e.p, *e.tensors)], [t for e in entries for t in e.counters])
+        self._owners = [e.p for e in entries]
+        self._grad_strides = [e.strides for e in entries]
+        self._grad_shapes = [e.p.shape for e in entries]
+        self._grad_dtypes = [e.key.g for e in entries]
+        self._devices = [e.p.get_device() for e in entries]
+
+    def _unchanged(self, groups: Groups, state: State) -> bool:
+        """Whether every object is the one the tables were made from, and lies where it lay."""
+        if [len(group["params"]) for group in groups] != self._counts or len(state) != len(self._state_keys):
+            return False
+        return (
+            all(map(is_, (p for group in groups for p in group["params"]), self._params))
+            and all(map(is_, state, self._state_keys))
+            and all(map(is_, state.values(), self._state_values))
+            and list(concatenated.from_iterable(self._dicts)) == self._keys
+            and all(map(is_, concatenated.from_iterable(map(methodcaller("values"), self._dicts)), self._values))
+            and self._memory.holds()
+        )
+
+    def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
+        """Collect this step's work; False when the tables do not fit what is found. Changes nothing."""
+        self._work, self._updates, self._written = [], [], []
+        if len(self._memo) > 4096:  # a schedule that never repeats a value must not grow this for ever
+            self._memo.clear()
+        if not self._unchanged(groups, state) or any(p.grad is not None for p in self._waiting):
+            return False
+        settings = self._settings.of(groups)
+        if any(setting.layout is not layout for setting, layout in zip(settings, self._layouts, strict=True)):
+            return False
+        # Hyper-parameters may move to a device or back.
+        pointers = self._gradients()
+        if pointers is None:
+            return False
+        for bucket, segments in zip(self._buckets, self._segments, strict=True):
+            work = _bucket_work(bucket, pointers[bucket.begin : bucket.begin + len(bucket.entries)])
+            for segment in segments:
+                setting = settings[segment.group]
+                if segment.on_device != self._on_device(bucket.entries[segment.begin], setting):
+                    return False
+                self._add(work, segment, setting, False if sync is None else sync[segment.group])
+            if work.launches or work.on_device:
+                self._work.append(work)
+        return True
+
+    def _gradients(self) -> list[int] | None:
+        """Addresses of the gradients, 0 for none, 1 for an empty one; None if one does not fit."""
+        grads = list(map(_grad, self._owners))
+        present = [g for g in grads if g is not None]
+        self._grads = present
+        if not set(map(type, present)) <= {Tensor, torch.nn.Parameter} and any(map(routing.why_not_grad, present)):
+            return None
+        if not set(map(_layout, present)) <= {torch.strided}:
+            return None
+        pointers = list(map(Tensor.data_ptr, present))
+        # A small number is an offset into storage that was released, or a tensor without memory.
+        low = [g for g, pointer in zip(present, pointers, strict=True) if pointer < 1 << 40]
+        if any(map(routing.why_not_grad, low)) or any(map(Tensor.is_neg, present)):
+            return None
+        where = None if len(present) == len(grads) else [i for i, g in enumerate(grads) if g is not None]
+
+        def chosen(expected: list[Any]) -> list[Any]:
+            return expected if where is None else [expected[i] for i in where]
+
+        if not (
+            all(map(is_, map(_dtype, present), chosen(self._grad_dtypes)))
+            and all(map(eq, map(Tensor.stride, present), chosen(self._grad_strides)))
+            and all(map(eq, map(_shape, present), chosen(self._grad_shapes)))
+            and all(map(eq, map(Tensor.get_device, present), chosen(self._devices)))
+        ):
+            return None
+        if low:
+            pointers = [pointer or 1 for pointer in pointers]
+        if where is None:
+            return pointers
+        found = iter(pointers)
+        return [0 if g is None else next(found) for g in grads]
+
+    def _add(self, work: Work, segment: Segment, setting: Setting, asked: Any) -> None:
+        """Find what happens to the entries of a segment."""
+        a, b = segment.begin, segment.end
+        if work.present is not None and not any(work.present[a:b]) and asked is False:
+            return
+        if isinstance(asked, tuple):
+            asked = _is_due(asked, work.bucket.key.device if segment.on_device else None)
+        if segment.on_device:
+            work.on_device.append((segment, setting, asked))
+            self._written += segment.written(0, len(setting.slots))
+            return
+        steps = [t + 1 for t in ([c.value for c in segment.steps] if segment.steps else segment.steps_before())]
+        carries = [c.value for c in segment.carries] if segment.carries else [0.0] * (b - a)
+        uniform = steps.count(steps[0]) == b - a and carries.count(carries[0]) == b - a
+        if uniform and work.present is None and work.misaligned is None:
+            row = self._row(setting, steps[0], carries[0], segment.single, asked)
+            launch = work.launch(row.chain, _first_slot(setting, row.chain), work.bucket.key.aligned)
+            launch.rows[a:b] = array("i", [launch.index(row)]) * (b - a)
+            self._updates += [(segment.steps, steps[0]), (segment.carries, row.carry)]
+            self._written += segment.written(launch.first_slot, len(row.chain.state))
+            return
+        for k in range(b - a):
+            has = work.has(a + k)
+            if not has and not (asked and setting.rule.slow):
+                continue
+            row = self._row(setting, steps[k] if has else 0.0, carries[k] if has else 0.0, segment.single, asked)
+            launch = work.launch(row.chain, _first_slot(setting, row.chain), work.is_aligned(a + k))
+            launch.rows[a + k] = launch.index(row)
+            written = _written(segment.entries[k], launch.first_slot, len(row.chain.state))
+            if has:
+                self._updates += [(segment.steps[k : k + 1], steps[k]), (segment.carries[k : k + 1], row.carry)]
+            self._written += written if has else written[:2]
+
+    def _row(self, setting: Setting, t: float, carry: float, single: bool, asked: bool) -> Row:
+        key = (setting, t, carry, single, asked)
+        row = self._memo.get(key)
+        if row is None:
+            row = self._memo[key] = setting.at(*key[1:])
+        return row
+
+    @torch.no_grad()
+    def launch(self, amp: Amp = NONE) -> None:
+        """Run the gathered work."""
+        self.launches = 0
+        if amp.scale is not None:
+            _refuse_shared_memory(self._grads)
+            self._written += self._grads
+        devices: dict[torch.device, list[Work]] = {}
+        for work in self._work:
+            devices.setdefault(work.bucket.key.device, []).append(work)
+        for device, works in devices.items():
+            with _current(device):
+                self._run(device, works, _Scaler(amp, device))
+        for counters, value in self._updates:
+            for counter in counters:
+                counter.value = value
+        for work in self._work:
+            for k, entry in enumerate(work.bucket.entries):
+                if entry.fresh and work.has(k):
+                    entry.fresh = False
+        torch.autograd.graph.increment_version(self._written)
+        self._work, self._updates, self._written, self._grads = [], [], [], []
+
+    def _run(self, device: torch.device, works: list[Work], scaler: _Scaler) -> None:
+        channel = self._channels.get(device)
+        if channel is None:
+            channel = self._channels[device] = Channel(device)
+        block = _Block()
+        places = [_place(block, work) for work in works]
+        sent = channel.send(b"".join(block.parts))
+        if channel.capturing and (not self._captured or self._captured[-1] is not self._buckets):
+            self._captured.append(self._buckets)
+        for work, (grads_at, launches) in zip(works, places, strict=True):
+            grads = Addressed(sent.long, grads_at // 8)
+            values = sent.float64 if work.bucket.key.compute == torch.float64 else sent.float32
+            size = values.element_size()
+            for launch, rows_at, values_at in launches:
+                rows, coefficients = Addressed(sent.int, rows_at // 4), Addressed(values, values_at // size)
+                self._start(
+                    work.bucket, launch.chain, launch.first_slot, launch.aligned, grads, rows, coefficients, scaler
+                )
+            if work.on_device:
+                self._run_on_device(work, grads, scaler)
+
+    def _run_on_device(self, work: Work, grads: Addressed, scaler: _Scaler) -> None:
+        """Steps that are counted on the device: the rows are made there, one for each parameter."""
+        bucket = work.bucket
+        present = grads.tensor[grads.at : grads.at + len(bucket.entries)] != 0
+        launches: dict[Chain, list[tuple[Segment, DeviceRow]]] = {}
+        finish: list[Callable[[], None]] = []
+        for segment, setting, asked in work.on_device:
+            has = present[segment.begin : segment.end]
+            found, done = _device_rows(segment, setting, asked, has, work, scaler)
+            finish.append(done)
+            for row in found:
+                launches.setdefault(row.chain, []).append((segment, row))
+        aligned = bucket.key.aligned and work.misaligned is None
+        for chain, parts in launches.items():
+            rows = torch.full((len(bucket.entries),), -1, dtype=torch.int32, device=bucket.key.device)
+            at = 0
+            for segment, row in parts:
+                n = segment.end - segment.begin
+                index = torch.arange(at, at + n, dtype=torch.int32, device=rows.device)
+                rows[segment.begin : segment.end] = torch.where(row.active, index, -1)
+                at += n
+            values = torch.cat([row.coefficients for _, row in parts]).to(bucket.key.compute)
+            first_slot = parts[0][1].first_slot
+            self._start(bucket, chain, first_slot, aligned, grads, Addressed(rows, 0), Addressed(values, 0), scaler)
+        for done in finish:
+            done()
+
+    def _start(
+        self,
+        bucket: Bucket,
+        chain: Chain,
+        first_slot: int,
+        aligned: bool,
+        grads: Addressed,
+        rows: Addressed,
+        coefficients: Addressed,
+        scaler: _Scaler,
+    ) -> None:
+        if not bucket.programs:
+            return
+        key, grid, types = bucket.key, (bucket.programs,), _types()
+        pulls = chain is PULL
+        shape = {
+            "ALIGNED": aligned,
+            "RANK": key.rank,
+            "WIDTH": bucket.width,
+            "CHUNK": bucket.tile.chunk,
+            "BLOCK": bucket.tile.elements(key),
+            "num_warps": bucket.tile.warps,
+            **kernels.OPTIONS,
+        }
+        compute, gradient = types[key.compute], None if pulls else types[key.g]
+        states = [types[dtype] for dtype in key.states[first_slot : first_slot + len(chain.state)]]
+        tables = bucket.table, bucket.items, grads.tensor, rows.tensor
+        try:
+            if key.mean == kernels.SPLIT and not pulls:
+                kernels.sums()[grid](
+                    *tables, bucket.partials, scaler.scale, grads.at, rows.at, compute, gradient, **shape
+                )
+                self.launches += 1
+            kernels.kernel(chain)[grid](
+                *tables, coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf,
+                grads.at, rows.at, coefficients.at, compute, types[key.p], gradient, *states,
+                FIRST=first_slot, MEAN=kernels.FLAT if pulls else key.mean, **shape,
+            )  # fmt: skip
+        except Exception as error:
+            raise RuntimeError(f"the Triton kernel {kernels.name(chain)} failed on {key.device}: {error}") from error
+        self.launches += 1
+
+
+@dataclass(frozen=True)
+class Addressed:
+    """An argument of a kernel: a tensor, and at which of its elements what is meant begins."""
+
+    tensor: Tensor
+    at: int
+
+
+class _Scaler:
+    """A loss scale and an overflow flag on the device that reads them."""
+
+    def __init__(self, amp: Amp, device: torch.device) -> None:
+        self.scale, self.found_inf = _on(amp.scale, device), _on(amp.found_inf, device)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
+
+
+class _Block:
+    """The bytes of one step, in parts at multiples of 16 bytes."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self._size = 0
+
+    def add(self, part: bytes) -> int:
+        at, padding = self._size, -len(part) % 16
+        self.parts += [part, bytes(padding)]
+        self._size += len(part) + padding
+        return at
+
+
+def _place(block: _Block, work: Work) -> tuple[int, list[tuple[Launch, int, int]]]:
+    """Put a bucket's part into the block: where its gradients are, and rows and coefficients of each launch."""
+    grads_at = block.add(array("q", work.pointers).tobytes())
+    code = "d" if work.bucket.key.compute == torch.float64 else "f"
+    return grads_at, [
+        (launch, block.add(launch.rows.tobytes()),
+         block.add(array(code, concatenated.from_iterable(launch.coefficients)).tobytes()))
+        for launch in work.launches.values()
+    ]  # fmt: skip
+
+
+def _device_rows(
+    segment: Segment, setting: Setting, asked: Any, has: Tensor, work: Work, scaler: _Scaler
+) -> tuple[list[DeviceRow], Callable[[], None]]:
+    """The rows of a segment, and what advances its counters once the kernels have been started."""
+    if segment.steps:
+        before = torch.stack(segment.steps).double()
+    else:
+        before = torch.ones(len(segment.entries), dtype=torch.float64, device=has.device)
+        for k, entry in enumerate(segment.entries):
+            if entry.fresh:
+                before[k] = 0
+    carry = torch.stack(segment.carries).double() if segment.carries else None
+    rows, carried = setting.device_rows(torch.where(has, before + 1, 0.0), carry, segment.single, asked)
+
+    def advance() -> None:
+        steps = [step for k, step in enumerate(segment.steps) if work.has(segment.begin + k)]
+        if steps:
+            torch._foreach_add_(steps, 1)
+        if steps and scaler.found_inf is not None:
+            torch._foreach_sub_(steps, [scaler.found_inf] * len(steps))
+        if carry is not None and carried is not None:
+            after = carried if scaler.found_inf is None else torch.where(scaler.found_inf == 0, carried, carry)
+            torch._foreach_copy_(segment.carries, list(after.to(segment.carries[0].dtype).unbind()))
+
+    return rows, advance
+
+
+def _entry(p: Tensor, group: int, setting: Setting, state: Mapping[str, Any], rows: int, fresh: bool) -> Entry | None:
+    """The parameter with its state, or None if some of that does not exist."""
+    tensors = [state.get(key) for key in setting.slots]
+    counters = [state.get(key) for key in setting.rule.counters]
+    found = [t for t in tensors if isinstance(t, Tensor)], [t for t in counters if isinstance(t, Tensor)]
+    if len(found[0]) < len(tensors) or len(found[1]) < len(counters):
+        return None
+    for key, counter in zip(setting.rule.counters, found[1], strict=True):
+        if counter.numel() != 1:
+            raise ValueError(
+                f"state {key!r} of a parameter of group {group} has {counter.numel()} elements; a counter has one"
+            )
+    strides = p.stride() if p.grad is None else p.grad.stride()
+    return Entry(p, group, *found, strides, p.numel() // rows if rows else 0, fresh)
+
+
+def _runs(members: list[Entry]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of entries of one group."""
+    begin = 0
+    for k in range(1, len(members) + 1):
+        if k == len(members) or members[k].group != members[begin].group:
+            yield begin, k
+            begin = k
+
+
+def _bucket_work(bucket: Bucket, pointers: list[int]) -> Work:
+    present = [pointer != 0 for pointer in pointers] if 0 in pointers else None
+    misaligned = None
+    if bucket.key.aligned and reduce(or_, pointers, 0) & 15:
+        # An empty gradient's 1 is no address.
+        off = [pointer > 1 and pointer & 15 != 0 for pointer in pointers]
+        misaligned = off if any(off) else None
+    return Work(bucket, pointers, present, misaligned)
+
+
+def _is_due(asked: tuple[Tensor, int], device: torch.device | None) -> Any:
+    """Whether a group synchronises now that has taken so many steps: on the device, or known here (None)."""
+    step, k = asked
+    return (int(step.item()) + 1) % k == 0 if device is None else (step.to(device, non_blocking=True) + 1) % k == 0
+
+
+def _first_slot(setting: Setting, chain: Chain) -> int:
+    return len(setting.slots) - 1 if chain is PULL else 0
+
+
+def _refuse_shared_memory(grads: Iterable[Tensor]) -> None:
+    if any(routing._overlaps_itself(g) for g in grads):
+        raise RuntimeError(
+            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
+        )
+
+
+def _current(device: torch.device) -> Any:
+    """The device as the current one, for Triton launches on that."""
+    same = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if same else torch.cuda.device(device)
+
+
+@cache
+def _types() -> dict[torch.dtype, Any]:
+    import triton.language as tl
+
+    return {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }

@@ -1,0 +1,196 @@
+"""What the two processes of tests/test_distributed.py do: `python distributed_steps.py TASK RANK PORT FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastopt
+
+WORLD = 2
+STEPS = 7
+RULES: dict[str, Callable[[Any, str | None], Any]] = {
+    "sgd": lambda ps, b: fastopt.SGD(ps, lr=0.1, momentum=0.9, backend=b),
+    "rmsprop": lambda ps, b: fastopt.RMSprop(ps, lr=0.01, momentum=0.5, centered=True, backend=b),
+    "adagrad": lambda ps, b: fastopt.Adagrad(ps, lr=0.1, backend=b),
+    "adam": lambda ps, b: fastopt.Adam(ps, lr=0.01, amsgrad=True, backend=b),
+    "adamw": lambda ps, b: fastopt.AdamW(ps, lr=0.01, weight_decay=0.1, backend=b),
+    "adamax": lambda ps, b: fastopt.Adamax(ps, lr=0.01, backend=b),
+    "nadam": lambda ps, b: fastopt.NAdam(ps, lr=0.01, backend=b),
+    "radam": lambda ps, b: fastopt.RAdam(ps, lr=0.01, backend=b),
+    "ranger": lambda ps, b: fastopt.Ranger(ps, lr=0.05, k=3, backend=b),
+    "lookahead": lambda ps, b: fastopt.Lookahead(fastopt.Adam(ps, lr=0.01, backend=b), k=3),
+}
+BACKENDS = [name for name in ("native", "reference", "emulated") if fastopt.backends.available(name)]
+
+
+def model() -> nn.Sequential:
+    """Odd sizes: shards are uneven, and the last layer's bias leaves rank 1 with an empty one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3), nn.Linear(3, 1))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+def train(net: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        x, y = batch(step)
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def full(p: torch.Tensor) -> torch.Tensor:
+    return p.full_tensor() if hasattr(p, "full_tensor") else p.detach()  # type: ignore[operator]
+
+
+def plain(make: Any, steps: int = STEPS) -> list[torch.Tensor]:
+    """The same training in one process, every rank with the same batch."""
+    net = model()
+    train(net, make(net.parameters(), None), range(steps))
+    return [p.detach() for p in net.parameters()]
+
+
+def sharded() -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    net = model()
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    return fully_shard(net)
+
+
+def fsdp(folder: Path) -> None:
+    """FSDP2 averages equal gradients, so every rule must take the single process's values bit for bit."""
+    from torch.distributed.tensor import DTensor
+
+    for name, make in RULES.items():
+        want = plain(make)
+        for backend in BACKENDS:
+            net = sharded()
+            optimizer = make(net.parameters(), backend)
+            train(net, optimizer, range(STEPS))
+            for p, w in zip(net.parameters(), want, strict=True):
+                assert torch.equal(full(p), w), (name, backend, full(p), w)
+                states = optimizer.state[p]
+                assert states, f"{name}: a shard without state"
+                for key, value in states.items():
+                    if value.shape == p.shape and value.dim():
+                        assert isinstance(value, DTensor), (name, key)
+                        assert value.placements == p.placements
+            explained = str(fastopt.explain(optimizer))
+            assert "torch" not in explained.split("chain")[-1], explained
+
+
+def resume(folder: Path) -> None:
+    """Saved half-way by the distributed checkpoint, loaded into a fresh model and optimizer: the same bits."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    for name, make in RULES.items():
+        net = sharded()
+        optimizer = make(net.parameters(), None)
+        train(net, optimizer, range(3))
+        model_state, optimizer_state = get_state_dict(net, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder / name))
+        train(net, optimizer, range(3, STEPS))
+
+        again = sharded()
+        other = make(again.parameters(), None)
+        model_state, optimizer_state = get_state_dict(again, other)
+        loaded = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(loaded, checkpoint_id=str(folder / name))
+        set_state_dict(again, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        train(again, other, range(3, STEPS))
+        for p, q in zip(net.parameters(), again.parameters(), strict=True):
+            assert torch.equal(full(p), full(q)), name
+
+
+def reshard(folder: Path) -> None:
+    """A checkpoint of two shards loads into an unsharded model: what `resume` saved, read by each rank alone."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    for name, make in RULES.items():
+        net = model()
+        optimizer = make(net.parameters(), None)
+        model_state, optimizer_state = get_state_dict(net, optimizer)
+        loaded = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(loaded, checkpoint_id=str(folder / name))
+        set_state_dict(
+            net,
+            optimizer,
+            model_state_dict=loaded["model"],
+            optim_state_dict=loaded["optimizer"],
+            options=StateDictOptions(),
+        )
+        train(net, optimizer, range(3, STEPS))
+        for p, w in zip(net.parameters(), plain(make), strict=True):
+            assert torch.equal(p.detach(), w), name
+
+
+def placements(folder: Path) -> None:
+    """A gradient placed otherwise than its parameter has other elements in its shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in BACKENDS:
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Replicate()])
+        before = full(p).clone()
+        with pytest.raises(ValueError, match="redistribute"):
+            fastopt.Adam([p], backend=backend).step()
+        assert torch.equal(full(p), before)
+        columns = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+        columns.grad = distribute_tensor(torch.arange(24.0).reshape(4, 6), mesh, [Shard(1)])
+        with pytest.raises(ValueError, match="dimension 0"):  # the mean of half a row is not the row's
+            fastopt.Ranger([columns], backend=backend).step()
+        fastopt.Ranger([columns], use_gc=False, lr=1.0, backend=backend).step()
+        assert not torch.equal(full(columns), torch.ones(4, 6))
+
+
+def ddp(folder: Path) -> None:
+    """Gradients that are views of DDP's buckets, at whatever offset."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name, make in RULES.items():
+        for backend in BACKENDS:
+            net = DistributedDataParallel(model(), gradient_as_bucket_view=True)
+            train(net, make(net.parameters(), backend), range(STEPS))
+            for p, w in zip(net.parameters(), plain(make), strict=True):
+                assert torch.equal(p.detach(), w), (name, backend)
+
+
+def zero(folder: Path) -> None:
+    """Each rank steps its share of the parameters and broadcasts it."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for name in ("SGD", "Adam", "AdamW", "RAdam", "Ranger"):
+        cls = getattr(fastopt, name)
+        net = model()
+        train(net, ZeroRedundancyOptimizer(net.parameters(), optimizer_class=cls, lr=0.01), range(STEPS))
+        for p, w in zip(net.parameters(), plain(lambda ps, b, cls=cls: cls(ps, lr=0.01)), strict=True):
+            assert torch.equal(p.detach(), w), name
+
+
+if __name__ == "__main__":
+    task, rank, port, folder = sys.argv[1:]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=int(rank), world_size=WORLD)
+    globals()[task](Path(folder))
+    dist.barrier()
+    dist.destroy_process_group()
