@@ -3,6 +3,9 @@
 #   TORCH_INDEX  where else to look for it; the default serves builds without the several GB of CUDA packages
 #   PYTHON       the interpreter the environment is made with (3.10 or later)
 #   PYTEST_ARGS  e.g. PYTEST_ARGS="-n 0 -k radam"
+#   FASTOPT_CUDA, FASTOPT_CUDA_ARCHS, FASTOPT_CUDA_MIXES, CUDA_HOME, CXX, MAX_JOBS
+#                what is built, and with what: see setup.py. By default kernels for the GPUs present, none if there is
+#                none; for the tests kernels for sm_90 wherever there is nvcc, and the emulator of a device
 
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -15,11 +18,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.stamp
 HAVE_TORCH := $(STAMP)-$(subst =,-,$(TORCH))
 BUILT := $(STAMP)-extension
+BUILT_FOR_TESTS := $(BUILT)-for-tests
+BUILT_AOT := $(BUILT)-aot
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 export FASTOPT_EXT := 1
 
-.PHONY: help demo test check lint bench build wheel clean
+# Each build takes the objects of the others that are the same; only what differs is compiled, and the library linked.
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+test $(BUILT_FOR_TESTS) aot $(BUILT_AOT): export FASTOPT_EMULATOR := 1
+test $(BUILT_FOR_TESTS): export FASTOPT_CUDA ?= $(if $(NVCC),1,0)
+test $(BUILT_FOR_TESTS): export FASTOPT_CUDA_ARCHS ?= 90
+test $(BUILT_FOR_TESTS): export FASTOPT_CUDA_MIXES ?= f32;bf16_f32;bf16
+aot $(BUILT_AOT): export FASTOPT_AOT := 1
+aot $(BUILT_AOT): export FASTOPT_CUDA := 1
+aot $(BUILT_AOT): export FASTOPT_CUDA_ARCHS := 80;90;100+PTX
+
+.PHONY: help demo test aot gpu check lint bench build wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -29,12 +44,20 @@ help: ## this list
 demo: $(BUILT) $(STAMP)-demo ## train real models with torch.optim and with fastopt, side by side
 	@$(BIN)/python -m fastopt demo
 
-test: $(BUILT) $(STAMP)-test ## all tests
+test: $(BUILT_FOR_TESTS) $(STAMP)-test ## all tests; with nvcc, of the CUDA kernels' code too (no GPU needed)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+aot: $(BUILT_AOT) $(STAMP)-test ## compile and check the GPU kernels for every architecture and dtype (needs nvcc)
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py
+
+# No environment is made and nothing is fetched: such a machine has its own torch, Triton, nvcc, ninja and pytest.
+gpu: ## on a machine with a GPU: build, test and measure there, within nine minutes, into the folder OUT
+	@test -n "$(OUT)" || { echo "make gpu OUT=folder: where shall the results go?"; exit 2; }
+	@$(PYTHON) -m bench.gpu_run "$(OUT)"
 
 check: lint test ## what continuous integration runs: style, types, tests
 
-lint: $(BUILT) $(STAMP)-dev ## style and types only
+lint: $(STAMP)-dev ## style and types only
 	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/ruff format --quiet --check . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/mypy --strict fastopt
@@ -49,7 +72,7 @@ wheel: $(HAVE_TORCH) ## a wheel for this Python and this torch, in dist/
 	@$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove what was built (not the environment)
-	@rm -rf build dist *.egg-info fastopt/_C.*.so $(BUILT)
+	@rm -rf build dist *.egg-info fastopt/_C.*.so $(BUILT)*
 
 # What a build needs. torch alone is looked up at the second index, without its dependencies: should that index be out of
 # reach, it costs a second and a warning.
@@ -61,13 +84,14 @@ $(HAVE_TORCH):
 	@touch $@
 
 # Through setuptools rather than pip: what the compiler does is seen, and a build without changes takes half a second.
-$(BUILT): $(HAVE_TORCH) setup.py $(CXX_SOURCES)
+$(BUILT) $(BUILT_FOR_TESTS) $(BUILT_AOT): $(HAVE_TORCH) setup.py $(CXX_SOURCES)
 	@echo "extension: compiling what has changed"
+	@rm -f $(BUILT)*
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# torch is named again so that no dependency can replace it by another build.
-$(STAMP)-%: $(HAVE_TORCH) pyproject.toml | $(BUILT)
+# torch is named again so that no dependency can replace it by another build. The extension is left to the rule above.
+$(STAMP)-%: $(HAVE_TORCH) pyproject.toml
 	@echo "environment: fastopt[$*]"
-	@$(PIP) install --no-build-isolation "$(TORCH)" --editable ".[$*]"
+	@FASTOPT_EXT=0 $(PIP) install --no-build-isolation "$(TORCH)" --editable ".[$*]"
 	@touch $@

@@ -130,7 +130,7 @@ class Cuda:
             yield f"-gencode=arch=compute_{number},code={code}"
 
     def link_flags(self) -> list[str]:
-        """The static runtime: no second libcudart beside torch's. nvcc may be a wrapper, so it is asked where that is."""
+        """The static runtime, so no second libcudart beside torch's. nvcc may be a wrapper: it is asked where that is."""
         said = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
         found = re.search(r"^#\$ LIBRARIES=(.*)$", said, re.MULTILINE)
         folders = shlex.split(found[1]) if found else []

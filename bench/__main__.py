@@ -1,8 +1,10 @@
-"""`cpu` measures on this machine's CPU; `report` turns the records into the README's tables and a plot."""
+"""`cpu` measures on this machine's CPU, `gpu` on its GPU; `report` turns the records into the README's tables and a
+plot."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from bench.cpu import Job, jobs
+from bench import gpu
+from bench.cpu import Job, UnableError, jobs
+from bench.gpu_tables import gpu_markdown
 from bench.records import ROOT, Environment, Row, append
-from bench.report import write
+from bench.report import write, write_gpu
 from bench.tables import headline, markdown
 
 RESULTS = ROOT / "bench" / "results"
@@ -27,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="cpu | report")
+    commands = parser.add_subparsers(required=True, metavar="cpu | gpu | report")
     cpu = commands.add_parser("cpu", help="race on the CPU; print the tables and append to the CSV")
     cpu.add_argument(
         "--quick",
@@ -41,8 +45,21 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--no-csv", action="store_true", help="print only")
     cpu.add_argument("--threads", type=int, default=2, help="threads torch and fastopt may use (default: 2)")
     cpu.set_defaults(command=_cpu)
+    on_gpu = commands.add_parser("gpu", help="race on the GPU; print the tables and append to the CSV")
+    on_gpu.add_argument("--only", metavar="PATTERN", help="cases whose name begins so, shell patterns allowed")
+    on_gpu.add_argument("--out", type=Path, default=RESULTS, help="the folder of gpu.csv (default: bench/results)")
+    on_gpu.add_argument("--seconds", type=float, default=600, help="begin no case that would end later (default: 600)")
+    on_gpu.add_argument("--no-csv", action="store_true", help="print only")
+    on_gpu.add_argument("--dry", action="store_true", help="a rehearsal on small CPU tensors; records nothing")
+    on_gpu.add_argument(
+        "--warm", action="store_true", help="only compile the ceilings' kernels and the compiled rivals"
+    )
+    on_gpu.add_argument("--after", metavar="CASE", help="go on after this case: how a run restarts itself")
+    on_gpu.add_argument("--failed", action="append", default=[], metavar="CASE", help="failed before the restart")
+    on_gpu.set_defaults(command=_gpu)
     report = commands.add_parser("report", help="write the tables of the CSV into the README, and the plot")
     report.add_argument("--csv", type=Path, default=RESULTS / "cpu.csv")
+    report.add_argument("--gpu-csv", type=Path, default=RESULTS / "gpu.csv")
     report.add_argument("--readme", type=Path, default=ROOT / "README.md")
     report.add_argument("--plot", type=Path, default=RESULTS / "cpu.png")
     report.set_defaults(command=_report)
@@ -76,25 +93,77 @@ def _warn_of_company() -> None:
         )
 
 
-def _run(selected: Sequence[Job], environment: Environment, csv: Path | None) -> tuple[list[Row], list[str]]:
+def _gpu(options: argparse.Namespace) -> int:
+    begun = time.perf_counter()
+    if not options.dry and not torch.cuda.is_available():
+        print("torch sees no CUDA device; `python -m bench gpu --dry` rehearses without one", file=sys.stderr)
+        return 2
+    if options.warm:
+        gpu.warm()
+        return 0
+    selected = gpu.jobs(options.only, options.dry)
+    names = [job.name for job in selected]
+    if options.after in names:  # the ceilings are measured again: shares are of the process's own
+        selected = [
+            job for job in selected if job.name == gpu.CEILINGS or names.index(job.name) > names.index(options.after)
+        ]
+    environment = Environment.of_this_machine(gpu=not options.dry)
+    csv = None if options.dry or options.no_csv else options.out / "gpu.csv"
+    try:
+        rows, failed = _run(selected, environment, csv, options.seconds)
+    except gpu.ContextLostError as error:
+        return _restart(options, str(error), options.seconds - (time.perf_counter() - begun))
+    if options.dry:
+        print(f"a rehearsal: {len(rows)} rows of {len({row.case for row in rows})} cases, none of them a measurement")
+    else:
+        print(gpu_markdown(rows))
+    failed = [*options.failed, *failed]
+    for name in failed:
+        print(f"failed, see above: {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _restart(options: argparse.Namespace, case: str, seconds: float) -> int:
+    """In a process of its own, with a CUDA context that works, after the case that lost this one's."""
+    kept = [f"--out={options.out}", *(["--only", options.only] if options.only else []), *["--no-csv"] * options.no_csv]
+    failed = [f"--failed={name}" for name in (*options.failed, case)]
+    print(f"{case} lost the CUDA context; going on after it in a new process", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "bench", "gpu", *kept, *failed, f"--after={case}", f"--seconds={seconds:.0f}"]
+    os.execv(sys.executable, command)
+
+
+def _run(
+    selected: Sequence[Job], environment: Environment, csv: Path | None, seconds: float = math.inf
+) -> tuple[list[Row], list[str]]:
     """Every job in turn, recorded as soon as it is done; a job that fails is reported and the others still run."""
     rows: list[Row] = []
     failed: list[str] = []
     begun = time.perf_counter()
+    kept = sum(job.seconds for job in selected if job.last)
     for number, job in enumerate(selected, 1):
+        if time.perf_counter() - begun + job.seconds > seconds - (0 if job.last else kept):
+            print(f"[{number}/{len(selected)}] {job.name}: left out, no time", file=sys.stderr, flush=True)
+            continue
         try:
-            measured = [Row.of(environment, job.name, *measurement) for measurement in job.run()]
+            measurements = job.run()
+        except gpu.ContextLostError as error:
+            traceback.print_exc()
+            raise gpu.ContextLostError(job.name) from error
+        except UnableError as error:
+            print(f"{job.name}: {error}", file=sys.stderr)
+            failed.append(job.name)
+            measurements = error.measured
         except Exception:
             traceback.print_exc()
             failed.append(job.name)
             continue
+        measured = [Row.of(environment, job.name, *measurement) for measurement in measurements]
         rows += measured
         if csv:
             append(csv, measured)
         elapsed = time.perf_counter() - begun
-        print(
-            f"[{number}/{len(selected)}, {elapsed:.0f} s] {job.name}: {headline(measured)}", file=sys.stderr, flush=True
-        )
+        said = headline(measured, job.shown)
+        print(f"[{number}/{len(selected)}, {elapsed:.0f} s] {job.name}: {said}", file=sys.stderr, flush=True)
     return rows, failed
 
 
@@ -106,6 +175,7 @@ def _report(options: argparse.Namespace) -> int:
         )
         return 2
     write(options.csv, options.readme, options.plot)
+    write_gpu(options.gpu_csv, options.readme)
     print(f"wrote the tables into {options.readme} and the plot {options.plot}")
     return 0
 

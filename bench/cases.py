@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Measure = Literal["speedup", "cost", "rate"]
+Measure = Literal["speedup", "cost", "rate", "share", "time"]
 ADAM_LIKE = ("Adam", "RAdam", "NAdam", "Adamax")
 
 # Tensors of the parameter's size that a step must at least read and write; Ranger (k = 6) touches its slow weights
@@ -30,14 +30,15 @@ class Workload:
     `groups` deals the tensors into that many equal consecutive groups, which share `settings` distinct hyper-parameter
     settings in turn. `absent` is the share of tensors without a gradient, drawn anew each step. `gradients`: "fresh"
     allocates every gradient anew each step, "rewritten" refills two alternating buffers behind new tensor objects (for
-    sizes at which allocation would be most of the run).
+    sizes at which allocation would be most of the run), "shared" hands all contenders the same memory behind new tensor
+    objects (for sizes at which the copies would not fit).
     """
 
     shapes: tuple[tuple[int, ...], ...]
     groups: int = 1
     settings: int = 1
     absent: float = 0.0
-    gradients: Literal["fresh", "rewritten"] = "fresh"
+    gradients: Literal["fresh", "rewritten", "shared"] = "fresh"
     dtype: torch.dtype = torch.float32
 
     @property
@@ -68,14 +69,15 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Goal:
-    """`speedup` is over the fastest rival; `cost` (time) and `rate` (bytes per second) relate to the yardstick."""
+    """`speedup` is over the fastest rival; `cost` (time) and `rate` (bytes per second) relate to the yardstick, `share`
+    (bytes per second) to a ceiling; `time` is in microseconds."""
 
     measure: Measure
     sign: Literal["≥", "≤"]
     value: float
 
     def __str__(self) -> str:
-        return f"{self.sign} {self.value:g}x"
+        return f"{self.sign} {self.value:g} µs" if self.measure == "time" else f"{self.sign} {self.value:g}x"
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ class Case:
     memory."""
 
     name: str
-    table: Literal["adam", "rules", "structure", "noise"]
+    table: str
     size: str
     rule: str
     workload: Workload
-    rivals: Literal["fused", "torch", "peers", "same"]
+    rivals: Literal["fused", "torch", "peers", "same", "gpu", "compiled", "none"]
     yardstick: Yardstick | None = None
     goals: tuple[Goal, ...] = ()
     hyper: Mapping[str, Any] = field(default_factory=dict)

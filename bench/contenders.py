@@ -19,14 +19,14 @@ NOISE_LABELS = ("torch fused", "torch fused again")
 @dataclass(frozen=True)
 class Contender:
     label: str
-    make: Callable[[list[dict[str, Any]]], Optimizer]
+    make: Callable[[list[dict[str, Any]]], Any]
 
 
-def ours(rule: str, hyper: Mapping[str, Any], label: str = OURS) -> Contender:
-    """fastopt on its native kernels; raises with the reason where they are missing, so nothing else is timed."""
+def ours(rule: str, hyper: Mapping[str, Any], label: str = OURS, backend: str = "native") -> Contender:
+    """fastopt on the kernels named; raises with the reason where they are missing, so nothing else is timed."""
     import fastopt
 
-    return Contender(label, lambda groups: getattr(fastopt, rule)(groups, backend="native", **hyper))
+    return Contender(label, lambda groups: getattr(fastopt, rule)(groups, backend=backend, **hyper))
 
 
 def public_rules() -> list[str]:
@@ -40,7 +40,8 @@ def public_rules() -> list[str]:
 
 def rivals(family: str, rule: str, hyper: Mapping[str, Any]) -> list[Contender]:
     """`fused`: torch's fused step. `torch`: its for-loop and foreach steps. `peers`: other packages. `same`: one
-    contender twice, for the noise."""
+    contender twice, for the noise. `gpu`: torch's fused and foreach steps, those that it has. `compiled`: torch's
+    foreach step as torch.compile makes it. `none`: nobody else does this work."""
     if family == "fused":
         return [_torch(rule, "torch fused", hyper, fused=True)]
     if family == "torch":
@@ -52,7 +53,31 @@ def rivals(family: str, rule: str, hyper: Mapping[str, Any]) -> list[Contender]:
         return [Contender(label, make) for label, make in peers.rangers(hyper).items()]
     if family == "same":
         return [_torch(rule, label, hyper, fused=True) for label in NOISE_LABELS]
-    raise ValueError(f"no family of rivals named {family!r}: use 'fused', 'torch', 'peers' or 'same'")
+    if family == "gpu":
+        fused = [_torch(rule, "torch fused", hyper, fused=True)] if _has_fused(rule) else []
+        return [*fused, _torch(rule, "torch foreach", hyper, foreach=True)]
+    if family == "compiled":
+        return [_compiled(_torch(rule, "torch.compile", hyper, foreach=True))]
+    if family == "none":
+        return []
+    families = "'fused', 'torch', 'peers', 'same', 'gpu', 'compiled' or 'none'"
+    raise ValueError(f"no family of rivals named {family!r}: use {families}")
+
+
+def _has_fused(rule: str) -> bool:
+    return "fused" in inspect.signature(getattr(torch.optim, rule)).parameters
+
+
+class _Compiled:
+    """An optimizer whose step torch.compile has taken apart and put together again."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.state, self.param_groups = optimizer.state, optimizer.param_groups
+        self.step = torch.compile(lambda: optimizer.step(), fullgraph=False)
+
+
+def _compiled(contender: Contender) -> Contender:
+    return Contender(contender.label, lambda groups: _Compiled(contender.make(groups)))
 
 
 def _torch(rule: str, label: str, hyper: Mapping[str, Any], **implementation: bool) -> Contender:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,8 +23,23 @@ QUICK_LARGEST = 2_000_000
 
 @dataclass(frozen=True)
 class Job:
+    """One entry of a run. Where time is short, a job begins only if its `seconds` are left; a `last` one keeps its
+    own."""
+
     name: str
     run: Callable[[], list[Measurement]]
+    seconds: float = 0.0
+    last: bool = False
+    shown: tuple[str, ...] = ("speedup", "cost", "rate", "gb_per_s")
+    """Metrics to report as soon as they are measured."""
+
+
+class UnableError(RuntimeError):
+    """A part of a job could not be done; what the rest measured is in `measured`."""
+
+    def __init__(self, reasons: Sequence[str], measured: Sequence[Measurement] = ()) -> None:
+        super().__init__("; ".join(reasons))
+        self.measured = list(measured)
 
 
 def jobs(only: str | None = None, quick: bool = False) -> list[Job]:
@@ -91,7 +106,7 @@ def measure_case(case: Case, share: float = 1.0) -> list[Measurement]:
         del runners, subject
         gc.collect()
     worst = {rival: max(results, key=lambda result: result.rms) for rival, results in agreements.items()}
-    return [*_times(case, field, samples), *_ratios(case, field, samples), *_agreements(field.subject, worst)]
+    return [*_times(case, field, samples), *_ratios(case, field, samples), *agreement_rows(field.subject, worst)]
 
 
 def _times(case: Case, field: Field, samples: Samples) -> list[Measurement]:
@@ -120,7 +135,7 @@ def _ratios(case: Case, field: Field, samples: Samples) -> list[Measurement]:
     return [*measured, (field.subject, f"cost/{label}", samples.ratio(field.subject, label))]
 
 
-def _agreements(subject: str, results: dict[str, Agreement]) -> list[Measurement]:
+def agreement_rows(subject: str, results: dict[str, Agreement]) -> list[Measurement]:
     measured: list[Measurement] = []
     for rival, result in results.items():
         measured += [

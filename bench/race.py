@@ -3,6 +3,9 @@ whatever the machine does to one it does to the other; only `run` is timed, `pre
 rounds are left out; what is reported are medians with the 20th and 80th percentile, of times and of the ratios of
 times taken in the same round. After the race `agreement` compares the parameters: a ratio between contenders that did
 different work means nothing.
+
+What a turn is and which clock times it is the run's choice: here the processor's clock around each step; gpu_clocks
+has those of a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -28,6 +32,12 @@ class Runner(Protocol):
     def prepare(self, step: int) -> None: ...
 
     def run(self) -> None: ...
+
+
+class Turn(Protocol):
+    """One contender's turn in a round: prepares and runs `steps` steps, gives the seconds that one of them took."""
+
+    def __call__(self, runner: Runner, first_step: int, steps: int, /) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -83,14 +93,16 @@ def race(
     warm_up: int = 4,
     steps_per_round: int = 1,
     clock: Callable[[], int] = time.perf_counter_ns,
+    turn: Turn | None = None,
 ) -> Samples:
     """Race for about `seconds`, preparation included; the last warm-up round decides how many rounds that is."""
     samples, step = Samples(), 0
+    take: Turn = turn or partial(_turn, clock)
 
     def hold(round_: int, record: Callable[[str, float], None]) -> None:
         nonlocal step
         for runner in order(runners, round_):
-            record(runner.label, _turn(runner, step, steps_per_round, clock))
+            record(runner.label, take(runner, step, steps_per_round))
         step += steps_per_round
 
     with _no_collection():
@@ -113,7 +125,7 @@ def order(runners: Sequence[Runner], round_: int) -> list[Runner]:
     return rotated if round_ % 2 == 0 else rotated[::-1]
 
 
-def _turn(runner: Runner, first_step: int, steps: int, clock: Callable[[], int]) -> float:
+def _turn(clock: Callable[[], int], runner: Runner, first_step: int, steps: int) -> float:
     elapsed = 0
     for step in range(first_step, first_step + steps):
         runner.prepare(step)
@@ -177,6 +189,16 @@ def _squares(tensor: Tensor) -> float:
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Flat pieces: comparing 50 million parameters at once would need more memory than racing them."""
-    for tensor in filter(Tensor.numel, tensors):
-        yield from torch.split(tensor.detach().reshape(-1), PIECE)
+    """Flat pieces: comparing 50 million parameters at once would need more memory than racing them, and ten thousand
+    small tensors one by one more time."""
+    bundle: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        for piece in torch.split(tensor.detach().reshape(-1), PIECE) if tensor.numel() else ():
+            bundle.append(piece)
+            held += piece.numel()
+            if held >= PIECE:
+                yield torch.cat(bundle) if len(bundle) > 1 else piece
+                bundle, held = [], 0
+    if bundle:
+        yield torch.cat(bundle)

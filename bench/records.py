@@ -3,11 +3,15 @@ when it was measured.
 
 `commit` ends in "+" when the working tree had changes. A metric that compares names what it is relative to after a
 slash:
-    us_per_step               microseconds of one step
+    us_per_step               microseconds of one step; on a GPU one of several back to back, by the device's clock, or
+                              one with the wait for the device, as the case has it (gpu_cases)
+    host_us                   microseconds until step() returns, the device still at work
     speedup/<rival>           time of the rival in units of the contender's, round by round
     cost/<yardstick>          time of the contender in units of the yardstick's, round by round
     gb_per_s                  bytes that the rule must move at least, over the time
     rate/<yardstick>          gb_per_s in units of the yardstick's, round by round
+    share/<ceiling>           gb_per_s in units of a ceiling's, measured earlier in the same run
+    launches copies           kernels, and copies and fills of memory, that one step starts on a GPU
     rms_ulp/<rival> max_ulp/<rival> same_work/<rival>     agreement of the results after the race (same_work: 1 or 0)
     rounds                    rounds raced
     torch_allocations         blocks taken from torch's allocator in one step
@@ -49,12 +53,13 @@ class Environment:
     threads: int
 
     @classmethod
-    def of_this_machine(cls) -> Environment:
+    def of_this_machine(cls, gpu: bool = False) -> Environment:
+        processor = f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
         return cls(
             commit=_commit(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            device=f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-            driver="",
+            device=_gpu() if gpu else processor,
+            driver=_driver() if gpu else "",
             torch=torch.__version__,
             triton=_version("triton"),
             python=platform.python_version(),
@@ -132,6 +137,22 @@ def _processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, {memory:.0f} GiB"
+
+
+def _driver() -> str:
+    """The driver's version, and the CUDA that torch was built for."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        version = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        version = "unknown"
+    return f"{version}, CUDA {torch.version.cuda}"
 
 
 def _version(package: str) -> str:

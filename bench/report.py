@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import OURS
+from bench.gpu_tables import UNMEASURED, gpu_markdown
 from bench.records import Row, read
 from bench.tables import Results, Verdict, markdown, verdicts
 
@@ -21,6 +22,14 @@ def write(csv: Path, readme: Path, plot: Path, name: str = "cpu") -> None:
     text = readme.read_text(encoding="utf-8")
     readme.write_text(with_block(text, name, markdown(rows), source=str(readme)), encoding="utf-8")
     draw(rows, plot)
+
+
+def write_gpu(csv: Path, readme: Path) -> None:
+    """The GPU's block, where the text has one; without a CSV it says that nothing was measured."""
+    text = readme.read_text(encoding="utf-8")
+    if OPENING.format(name="gpu") in text:
+        body = gpu_markdown(read(csv)) if csv.exists() else UNMEASURED
+        readme.write_text(with_block(text, "gpu", body, source=str(readme)), encoding="utf-8")
 
 
 def with_block(text: str, name: str, body: str, source: str = "the text") -> str:

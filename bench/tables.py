@@ -69,9 +69,10 @@ class Verdict:
         return str(goal) if goal else NONE
 
 
-def verdicts(results: Results, table: str) -> list[Verdict]:
-    subject = NOISE_LABELS[1] if table == "noise" else OURS
-    found = (Verdict.of(case, results, subject) for case in CASES if case.table == table)
+def verdicts(results: Results, name: str) -> list[Verdict]:
+    """Of the cases of the table of that name."""
+    subject = NOISE_LABELS[1] if name == "noise" else OURS
+    found = (Verdict.of(case, results, subject) for case in CASES if case.table == name)
     return [verdict for verdict in found if verdict]
 
 
@@ -79,37 +80,37 @@ def markdown(rows: Sequence[Row]) -> str:
     """All tables that the rows can fill, and where the figures come from."""
     results = Results(rows)
     parts = [part for part in (build(results) for build in _PARTS) if part]
-    return "\n\n".join([*parts, _provenance(results)])
+    return "\n\n".join([*parts, provenance(results)])
 
 
-def headline(rows: Sequence[Row]) -> str:
+def headline(rows: Sequence[Row], shown: Sequence[str]) -> str:
     """One line for a case that has just been measured."""
-    ratios = [row for row in rows if row.metric.partition("/")[0] in ("speedup", "cost", "rate", "gb_per_s")]
-    return ", ".join(f"{row.metric.replace('/', ' ')} {row.contender} {_ratio(row)}" for row in ratios) or "done"
+    ratios = [row for row in rows if row.metric.partition("/")[0] in shown]
+    return ", ".join(f"{row.metric.replace('/', ' ')} {row.contender} {ratio_of(row)}" for row in ratios) or "done"
 
 
 def _adam(results: Results) -> str:
-    return _table(
+    return table(
         "Adam, fp32",
         [
-            {"tensors": v.case.size, OURS: _time(v.time), "torch fused": _time(v.rival_time), **_comparison(v)}
+            {"tensors": v.case.size, OURS: time_of(v.time), "torch fused": time_of(v.rival_time), **_comparison(v)}
             for v in verdicts(results, "adam")
         ],
     )
 
 
 def _rules(results: Results) -> str:
-    return _table(
+    return table(
         "Rules that torch has no fused CPU step for, fp32",
         [
             {
                 "rule": v.case.rule,
                 "tensors": v.case.size,
-                OURS: _time(v.time),
-                "fastest rival": f"{_time(v.rival_time)} ({v.rival})",
+                OURS: time_of(v.time),
+                "fastest rival": f"{time_of(v.rival_time)} ({v.rival})",
                 **_comparison(v),
-                "GB/s": _rate(results.get(v.case.name, OURS, "gb_per_s")),
-                "per byte, own Adam = 1": _ratio(v.relative),
+                "GB/s": rate_of(results.get(v.case.name, OURS, "gb_per_s")),
+                "per byte, own Adam = 1": ratio_of(v.relative),
                 "goal per byte": v.goal("rate"),
             }
             for v in verdicts(results, "rules")
@@ -118,16 +119,16 @@ def _rules(results: Results) -> str:
 
 
 def _structure(results: Results) -> str:
-    return _table(
+    return table(
         "Many groups, absent gradients: Adam, fp32",
         [
             {
                 "tensors": v.case.size,
-                OURS: _time(v.time),
+                OURS: time_of(v.time),
                 "compared with": v.case.yardstick.label if v.case.yardstick else NONE,
-                "cost": _ratio(v.relative),
+                "cost": ratio_of(v.relative),
                 "goal of cost": v.goal("cost"),
-                "torch fused": _time(v.rival_time),
+                "torch fused": time_of(v.rival_time),
                 **_comparison(v),
             }
             for v in verdicts(results, "structure")
@@ -137,7 +138,7 @@ def _structure(results: Results) -> str:
 
 def _comparison(v: Verdict) -> dict[str, str]:
     same = "yes" if v.same_work else "**different work**"
-    return {"times faster": _ratio(v.speedup), "goal": v.goal("speedup"), "same results": same}
+    return {"times faster": ratio_of(v.speedup), "goal": v.goal("speedup"), "same results": same}
 
 
 def _ceilings(results: Results) -> str:
@@ -149,10 +150,10 @@ def _ceilings(results: Results) -> str:
         for row in results.of(case.name, "gb_per_s")
     ]
     lines = [
-        {"kernel": name, "time": _time(results.get(row.case, row.contender, "us_per_step")), "GB/s": _rate(row)}
+        {"kernel": name, "time": time_of(results.get(row.case, row.contender, "us_per_step")), "GB/s": rate_of(row)}
         for name, row in streams + raced
     ]
-    return _table("Bytes per second: the ceilings, and Adam at 28 bytes per parameter", lines)
+    return table("Bytes per second: the ceilings, and Adam at 28 bytes per parameter", lines)
 
 
 def _allocations(results: Results) -> str:
@@ -162,21 +163,21 @@ def _allocations(results: Results) -> str:
         heap = f"{growth.p50:,.1f} B" if growth else NONE
         blocks = f"{row.p50:,.0f}"
         lines.append({"1000x64": row.contender, "blocks from torch's allocator": blocks, "growth of the heap": heap})
-    return _table("Allocations of one step in the steady state", lines)
+    return table("Allocations of one step in the steady state", lines)
 
 
 def _noise(results: Results) -> str:
     lines = [
-        {"tensors": v.case.size, "torch fused": _time(v.time), "ratio": _ratio(v.speedup)}
+        {"tensors": v.case.size, "torch fused": time_of(v.time), "ratio": ratio_of(v.speedup)}
         for v in verdicts(results, "noise")
     ]
-    return _table("Noise of the run: torch fused raced against itself", lines)
+    return table("Noise of the run: torch fused raced against itself", lines)
 
 
 _PARTS: tuple[Callable[[Results], str], ...] = (_adam, _rules, _structure, _ceilings, _allocations, _noise)
 
 
-def _table(title: str, lines: Sequence[dict[str, str]]) -> str:
+def table(title: str, lines: Sequence[dict[str, str]]) -> str:
     """A column that has nothing to say in any line is left out."""
     columns = [column for column in (lines[0] if lines else ()) if any(line[column] != NONE for line in lines)]
     if not columns:
@@ -186,7 +187,7 @@ def _table(title: str, lines: Sequence[dict[str, str]]) -> str:
     return f"**{title}**\n\n{body}"
 
 
-def _provenance(results: Results) -> str:
+def provenance(results: Results) -> str:
     runs = [
         f"commit {e.commit}, {e.date}: {e.device}; {e.threads} threads; torch {e.torch}, Python {e.python}"
         for e in results.environments()
@@ -198,17 +199,17 @@ def _provenance(results: Results) -> str:
     )
 
 
-def _time(row: Row | None) -> str:
+def time_of(row: Row | None) -> str:
     if row is None:
         return NONE
     return f"{row.p50:.0f} µs" if row.p50 < 1000 else f"{row.p50 / 1000:.3g} ms"
 
 
-def _rate(row: Row | None) -> str:
+def rate_of(row: Row | None) -> str:
     return f"{row.p50:.1f}" if row else NONE
 
 
-def _ratio(row: Row | None) -> str:
+def ratio_of(row: Row | None) -> str:
     if row is None:
         return NONE
     p20, p50, p80 = (f"{value:.1f}" if value >= 10 else f"{value:.2f}" for value in (row.p20, row.p50, row.p80))

@@ -21,12 +21,13 @@ TILE = 1_000_003
 class Tensors:
     """Initial parameters and gradients, functions of the step alone: contenders that do the same work end alike."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
+    def __init__(self, workload: Workload, device: str = "cpu") -> None:
+        self.workload, self.device = workload, device
         self._initial = self._values(0)
         self._gradients = [self._values(1 + i) for i in range(VALUE_SETS)]
         self._buffers = [
-            self._pieces(torch.empty(workload.numel, dtype=workload.dtype)) for _ in range(self._rewritten * 2)
+            self._pieces(torch.empty(workload.numel, dtype=workload.dtype, device=device))
+            for _ in range(self._rewritten * 2)
         ]
 
     def parameters(self) -> list[Parameter]:
@@ -43,7 +44,12 @@ class Tensors:
         values, absent = self._gradients[step % VALUE_SETS], self._absent(step)
         for i, p in enumerate(parameters):
             if i not in absent:
-                p.grad = self._buffers[step % 2][i].copy_(values[i]).detach() if self._rewritten else values[i].clone()
+                p.grad = self._gradient(values[i], step, i)
+
+    def _gradient(self, value: Tensor, step: int, i: int) -> Tensor:
+        if self.workload.gradients == "shared":
+            return value.detach()
+        return self._buffers[step % 2][i].copy_(value).detach() if self._rewritten else value.clone()
 
     @property
     def _rewritten(self) -> bool:
@@ -58,7 +64,7 @@ class Tensors:
     def _values(self, seed: int) -> list[Tensor]:
         numel, dtype = self.workload.numel, self.workload.dtype
         tile = torch.randn(min(numel, TILE), generator=torch.Generator().manual_seed(seed)).to(dtype)
-        return self._pieces(tile.repeat(-(-numel // tile.numel()))[:numel])
+        return self._pieces(tile.to(self.device).repeat(-(-numel // tile.numel()))[:numel])
 
     def _pieces(self, flat: Tensor) -> list[Tensor]:
         shapes = self.workload.shapes

@@ -8,6 +8,7 @@ is unavailable.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import fastopt
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = ("native", "reference", "emulated")
+BACKENDS = tuple(os.environ.get("FASTOPT_TEST_BACKENDS", "native reference emulated").split())
 TORCH_NAMES = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam")
 
 

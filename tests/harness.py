@@ -71,7 +71,7 @@ def place(value: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     offset = {"offset1": 1, "offset3": 3, "contiguous": 0}.get(layout, 16)
     strides = strides_for(layout, value.shape)
     last = sum((n - 1) * s for n, s in zip(value.shape, strides, strict=True)) if value.numel() else 0
-    base = torch.full((offset + last + 20,), SENTINEL, dtype=value.dtype)
+    base = torch.full((offset + last + 20,), SENTINEL, dtype=value.dtype, device=value.device)
     view = base.as_strided(value.shape, strides, offset)
     view.copy_(value)
     return view, base
@@ -79,7 +79,7 @@ def place(value: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 def outside(view: Tensor, base: Tensor) -> Tensor:
     """What the buffer holds outside the view."""
-    mask = torch.ones(base.shape, dtype=torch.bool)
+    mask = torch.ones(base.shape, dtype=torch.bool, device=base.device)
     if view.numel():
         mask.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
     return base[mask]
@@ -112,16 +112,18 @@ def values(spec: Spec, seed: int, dtype: torch.dtype, what: str) -> Tensor:
 
 
 class Built:
-    """The parameters of a scenario, in their layouts or (for an oracle) contiguous."""
+    """The parameters of a scenario, in their layouts or (for an oracle) contiguous, on `device`."""
 
-    def __init__(self, scenario: Scenario, case: Case, dtype: torch.dtype, contiguous: bool = False) -> None:
-        self.scenario, self.dtype, self.contiguous = scenario, dtype, contiguous
+    def __init__(
+        self, scenario: Scenario, case: Case, dtype: torch.dtype, contiguous: bool = False, device: str = "cpu"
+    ) -> None:
+        self.scenario, self.dtype, self.contiguous, self.device = scenario, dtype, contiguous, device
         self.params: list[torch.nn.Parameter] = []
         self.bases: list[Tensor] = []
         overrides = scenario.overrides(case)
         members: list[list[torch.nn.Parameter]] = [[] for _ in overrides]
         for i, spec in enumerate(scenario.specs):
-            value = values(spec, 1000 + i, dtype, "p")
+            value = values(spec, 1000 + i, dtype, "p").to(device)
             view, base = place(value, "contiguous" if contiguous else spec.layout)
             p = torch.nn.Parameter(view)
             self.params.append(p)
@@ -135,7 +137,7 @@ class Built:
             if step in spec.absent:
                 p.grad = None
                 continue
-            g = values(spec, 10_000 + 100 * i + step, self.dtype, "g")
+            g = values(spec, 10_000 + 100 * i + step, self.dtype, "g").to(self.device)
             if self.contiguous:
                 p.grad = g
             elif i % 2 and p.grad is not None and spec.grad_layout != "expanded":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,16 @@ from bench.__main__ import main
 from bench.cases import CASES, STREAMS, Case, Goal, Workload, Yardstick, matches, tensors
 from bench.contenders import Contender, rivals
 from bench.cpu import jobs, measure_case
+from bench.gpu import jobs as gpu_jobs
+from bench.gpu_cases import GPU_CASES, MIXES, RULES
+from bench.gpu_run import Process, Run
+from bench.gpu_streams import STRIPPED
+from bench.gpu_tables import UNMEASURED, gpu_markdown
 from bench.peers import ForeachRanger, rectify
 from bench.race import Agreement, Samples, Spread, agreement, order, race
-from bench.records import COLUMNS, Environment, Row, append, read
-from bench.report import CLOSING, OPENING, with_block, write
+from bench.records import COLUMNS, ROOT, Environment, Row, append, read
+from bench.report import CLOSING, OPENING, with_block, write, write_gpu
+from bench.sweep.__main__ import SOURCE, nvcc, summary
 from bench.tables import markdown
 from bench.workload import OptimizerRunner, Tensors
 
@@ -310,3 +319,169 @@ def test_command_prints_tables_and_records(tmp_path: Path, capsys: pytest.Captur
 def test_command_names_the_cases_when_none_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cpu", "--only", "no such case"]) == 2
     assert "the cases are: adam 1000x64" in capsys.readouterr().err
+
+
+def test_another_clock_may_take_the_turns() -> None:
+    taken: list[tuple[str, int, int]] = []
+
+    def turn(runner: FakeRunner, first_step: int, steps: int) -> float:
+        taken.append((runner.label, first_step, steps))
+        return 2.5
+
+    samples = race(
+        [FakeRunner("one", FakeClock(), [])], seconds=0, least_rounds=2, warm_up=1, steps_per_round=5, turn=turn
+    )
+    assert taken == [("one", 0, 5), ("one", 5, 5), ("one", 10, 5)]
+    assert samples.seconds == {"one": [2.5, 2.5]}
+
+
+def test_shared_gradients_are_the_same_memory_for_all_and_change_with_the_step() -> None:
+    shared = Tensors(Workload(tensors(3, 50), gradients="shared"))
+    ours, theirs = shared.parameters(), shared.parameters()
+    addresses = []
+    for step in range(2):
+        for parameters in (ours, theirs):
+            shared.give_gradients(parameters, step)
+        assert [p.grad.data_ptr() for p in ours] == [p.grad.data_ptr() for p in theirs]
+        assert all(a.grad is not b.grad for a, b in zip(ours, theirs, strict=True))
+        addresses.append([p.grad.data_ptr() for p in ours])
+    assert not set(addresses[0]) & set(addresses[1])
+
+
+def test_agreement_does_not_depend_on_how_tensors_are_cut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, ours = torch.randn(1000, generator=generator), torch.randn(1000, generator=generator)
+    theirs = ours + 1e-6
+    whole = agreement([ours], [theirs], [start], 9)
+    pieces = agreement(ours.split(7), theirs.split(7), start.split(7), 9)
+    assert whole.largest == pieces.largest
+    assert whole.rms == pytest.approx(pieces.rms, rel=1e-6)
+
+
+def test_gpu_cases_are_well_formed() -> None:
+    assert len({case.name for case in GPU_CASES}) == len(GPU_CASES)
+    for case in GPU_CASES:
+        assert len(case.workload.shapes) % case.workload.groups == 0
+        assert case.mix in MIXES
+        assert case.workload.dtype == MIXES[case.mix][0]
+        assert not case.stripped or case.clock == "device"
+    assert {case.kind.label for case in GPU_CASES} == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mix", "nbytes"),
+    [("Adam", "fp32", 28), ("Adam", "bf16, fp32 states", 22), ("AMSGrad", "bf16", 18), ("SGD", "fp32", 12)],
+)
+def test_bytes_that_a_step_must_move(rule: str, mix: str, nbytes: int) -> None:
+    """The table of bytes per parameter that one pass reads and writes."""
+    assert RULES[rule].bytes_per_element(mix) == nbytes
+
+
+def gpu_rows(work: float = 1.0) -> list[Row]:
+    case = next(case for case in GPU_CASES if case.name.startswith("fused adam 200x"))
+
+    def row(contender: str, metric: str, value: float) -> Row:
+        return Row.of(HERE, case.name, contender, metric, value)
+
+    return [
+        row("fastopt", "us_per_step", 1300.0),
+        row("fastopt triton", "us_per_step", 1310.0),
+        row("torch fused", "us_per_step", 1560.0),
+        row("torch foreach", "us_per_step", 3900.0),
+        row("fastopt", "speedup/torch foreach", 3.0),
+        row("fastopt", "speedup/torch fused", 1.2),
+        row("fastopt", "speedup/fastopt triton", 1.01),
+        row("fastopt", "same_work/torch fused", work),
+        row("fastopt", "max_ulp/fastopt triton", 0.0),
+        row("fastopt", "gb_per_s", 4300.0),
+        row("fastopt", f"rate/{STRIPPED}", 0.97),
+        row("fastopt", "share/torch copy_", 1.01),
+    ]
+
+
+def test_gpu_tables_show_the_goals_beside_the_figures() -> None:
+    text = gpu_markdown(gpu_rows())
+    assert (
+        "| Adam | fp32 | 200x1,000,000 | 1.3 ms | 1.31 ms | 1.56 ms (torch fused) | 1.20 (1.20–1.20) | ≥ 1.1x |" in text
+    )
+    assert "0.97 (0.97–0.97)" in text
+    assert "≥ 0.95x, ≥ 0.9x" in text
+    assert "**different work**" in gpu_markdown(gpu_rows(work=0.0))
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    csv, readme = tmp_path / "gpu.csv", tmp_path / "README.md"
+    readme.write_text(f"a\n{OPENING.format(name='gpu')}\nold\n{CLOSING.format(name='gpu')}\nb\n", encoding="utf-8")
+    write_gpu(csv, readme)
+    assert f"\n{UNMEASURED}\n" in readme.read_text(encoding="utf-8")
+    append(csv, gpu_rows())
+    write_gpu(csv, readme)
+    text = readme.read_text(encoding="utf-8")
+    assert UNMEASURED not in text
+    assert "1.3 ms" in text
+    readme.write_text("no markers\n", encoding="utf-8")
+    write_gpu(csv, readme)
+    assert readme.read_text(encoding="utf-8") == "no markers\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not fastopt.backends.available("native"), reason=fastopt.backends.why_not("native"))
+def test_a_rehearsal_takes_every_path_and_records_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for only in ("small adam 1x1,000", "fused sgd 200x1,000,000 fp32"):
+        assert main(["gpu", "--dry", "--only", only, "--out", str(tmp_path)]) == 0
+    assert "none of them a measurement" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_begins_only_if_its_time_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--dry", "--seconds", "0.5", "--only", "launches*"]) == 0
+    assert "left out, no time" in capsys.readouterr().err
+    assert [job.name for job in gpu_jobs() if job.last] == ["launches 1,000x1,000"]
+
+
+def test_a_part_that_overruns_is_stopped_and_keeps_its_log(tmp_path: Path) -> None:
+    script = "import time; print('begun', flush=True); time.sleep(60)"
+    process = Process(tmp_path / "log", [sys.executable, "-c", script]).start()
+    begun = time.monotonic()
+    while "begun" not in (tmp_path / "log").read_text() and time.monotonic() < begun + 30:
+        time.sleep(0.05)
+    assert process.wait(time.monotonic()) == 124
+    assert time.monotonic() < begun + 45
+    assert "KeyboardInterrupt" in (tmp_path / "log").read_text()
+    assert Process(tmp_path / "log", [sys.executable, "-c", "raise SystemExit(7)"]).start().wait(begun + 60) == 7
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, dict.fromkeys(("build", "tests", "bench", "sweep"), 1.0), 1, dry=True)
+    run.bench = lambda until: 1 / 0  # type: ignore[method-assign]
+    outcome = run.part("bench")
+    assert not outcome.ok
+    assert "ZeroDivisionError" in str(outcome)
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_sweeps_summary_sorts_by_time() -> None:
+    def row(shape: str, ms: str, host: str = "") -> dict[str, str]:
+        known = {"shape": shape, "chain": "adam", "mix": "fp32", "hints": "yes", "ms_p50": ms, "gb_per_s": "4000"}
+        return {**known, "registers": "40", "blocks_per_sm": "6", "host_us": host}
+
+    text = summary([row("slow", "2.0"), row("fast", "1.5"), row("4 KB of parameters", "", "2.5")])
+    assert text.index("fast") < text.index("slow")
+    assert "2.5 us" in text
+
+
+@pytest.mark.skipif(nvcc() is None, reason="needs nvcc")
+def test_the_sweep_compiles_without_spills(tmp_path: Path) -> None:
+    """A shape that spills would be compared for its spills."""
+    flags = ["-std=c++20", "-O3", "-arch=sm_90", "-fmad=false", f"-I{ROOT / 'csrc'}", "-cubin", "-Xptxas", "-v"]
+    command = [str(nvcc()), *flags, str(SOURCE), "-o", str(tmp_path / "sweep.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    spills = [line for line in run.stderr.splitlines() if "spill stores" in line]
+    assert len(spills) > 50
+    assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in spills)

@@ -1,0 +1,71 @@
+"""The clocks of a GPU run. Each is a turn of `race`: it prepares and runs one contender's steps and times one of them.
+
+`device` times with CUDA events around steps back to back, gradients staying the same: what a step costs a GPU that
+always has work. `wall` times each step with the wait for the device: what a step costs a loop that looks at its result.
+`host` times until step() returns: what a step costs the processor that starts it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.race import Runner, Turn
+
+# Cycles that the device is kept busy before the first event, about two milliseconds, so that the host is ahead of it
+# and the first launch is not part of the time.
+HEAD_START = 4_000_000
+
+
+def device(runner: Runner, first_step: int, steps: int) -> float:
+    runner.prepare(first_step)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    for _ in range(steps):
+        runner.run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / steps * 1e-3
+
+
+def wall(runner: Runner, first_step: int, steps: int) -> float:
+    return _each(runner, first_step, steps, wait=True)
+
+
+def host(runner: Runner, first_step: int, steps: int) -> float:
+    return _each(runner, first_step, steps, wait=False)
+
+
+def _each(runner: Runner, first_step: int, steps: int, wait: bool) -> float:
+    elapsed = 0
+    for step in range(first_step, first_step + steps):
+        runner.prepare(step)
+        synchronize()
+        started = time.perf_counter_ns()
+        runner.run()
+        if wait:
+            synchronize()
+        elapsed += time.perf_counter_ns() - started
+    return elapsed / steps * 1e-9
+
+
+def rehearsal(runner: Runner, first_step: int, steps: int) -> float:
+    """Stands in for `device` where there is none."""
+    runner.prepare(first_step)
+    started = time.perf_counter_ns()
+    for _ in range(steps):
+        runner.run()
+    return (time.perf_counter_ns() - started) / steps * 1e-9
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def named(name: str) -> Turn:
+    clocks: dict[str, Callable[[Runner, int, int], float]] = {"device": device, "wall": wall, "host": host}
+    return rehearsal if name == "device" and not torch.cuda.is_available() else clocks[name]

@@ -1,0 +1,226 @@
+"""Rows of a GPU run -> Markdown tables. Every figure in them is a row; goals come from `gpu_cases`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.cases import Measure
+from bench.contenders import NOISE_LABELS, OURS
+from bench.gpu import CEILINGS, LAUNCHES, TRITON
+from bench.gpu_cases import GPU_CASES, GpuCase
+from bench.gpu_streams import COPY, STRIPPED
+from bench.records import Row
+from bench.tables import NONE, Results, provenance, rate_of, ratio_of, table, time_of
+
+UNMEASURED = "Nothing was measured on a GPU yet."
+
+
+@dataclass(frozen=True)
+class Line:
+    """A case as the tables see it. The subject is the native backend, or Triton where that took no part."""
+
+    case: GpuCase
+    results: Results
+
+    def get(self, contender: str, metric: str) -> Row | None:
+        return self.results.get(self.case.name, contender, metric)
+
+    @property
+    def subject(self) -> str:
+        return OURS if self.get(OURS, "us_per_step") else TRITON
+
+    @property
+    def rival(self) -> str | None:
+        """The fastest of them."""
+        raced = [row.metric.partition("/")[2] for row in self.results.of(self.case.name, "speedup")]
+        times = {label: row for label in raced if (row := self.get(label, "us_per_step")) and not _is_ours(label)}
+        return min(times, key=lambda label: times[label].p50) if times else None
+
+    def time(self, contender: str) -> str:
+        return time_of(self.get(contender, "us_per_step"))
+
+    def ratio(self, measure: str, contender: str | None = None) -> str:
+        contender = contender or self.subject
+        rows = self.results.of(self.case.name, measure)
+        return ratio_of(next((row for row in rows if row.contender == contender), None))
+
+    def goal(self, measure: Measure) -> str:
+        goal = self.case.goal(measure)
+        return str(goal) if goal else NONE
+
+    def against(self) -> dict[str, str]:
+        """The fastest rival, how many times faster than it, and whether the results were the same."""
+        rival = self.rival
+        if rival is None:
+            return {"fastest rival": NONE, "times faster": NONE, "goal": NONE, "same results": NONE}
+        return {
+            "fastest rival": f"{self.time(rival)} ({rival})",
+            "times faster": ratio_of(self.get(self.subject, f"speedup/{rival}")),
+            "goal": self.goal("speedup"),
+            "same results": self._agreement(rival),
+        }
+
+    def _agreement(self, rival: str) -> str:
+        """In 16 bits the roundings of the states, of which others make more, become part of the distance moved: there
+        the difference is shown and nothing is concluded from it."""
+        if self.case.mix != "fp32":
+            rms = self.get(self.subject, f"rms_ulp/{rival}")
+            return NONE if rms is None else "equal" if rms.p50 == 0.0 else f"{rms.p50:.2g} ulp rms apart"
+        same = self.get(self.subject, f"same_work/{rival}")
+        return "yes" if same and same.p50 == 1.0 else "**different work**"
+
+    def equal(self) -> str:
+        """Whether the two backends ended bit for bit alike."""
+        largest = self.get(OURS, f"max_ulp/{TRITON}")
+        return NONE if largest is None else "yes" if largest.p50 == 0.0 else "**no**"
+
+
+def _is_ours(label: str) -> bool:
+    return label.startswith(OURS)
+
+
+def gpu_markdown(rows: Sequence[Row]) -> str:
+    """All tables that the rows can fill, and where the figures come from."""
+    results = Results(rows)
+    parts = [part for part in (build(results) for build in _PARTS) if part]
+    return "\n\n".join([*parts, provenance(results)]) if rows else UNMEASURED
+
+
+def _lines(results: Results, *tables: str) -> Iterator[Line]:
+    for case in GPU_CASES:
+        line = Line(case, results)
+        if case.table in tables and line.get(line.subject, "us_per_step"):
+            yield line
+
+
+def _small(results: Results) -> str:
+    return table(
+        "Small tensors: Adam, fp32, step and the wait for the device",
+        [
+            {
+                "tensors": line.case.size,
+                OURS: line.time(OURS),
+                TRITON: line.time(TRITON),
+                "goal of time": line.goal("time"),
+                **line.against(),
+                "until step() returns": time_of(line.get(line.subject, "host_us")),
+                "rival's": time_of(line.get(line.rival or "", "host_us")),
+            }
+            for line in _lines(results, "gpu small")
+        ],
+    )
+
+
+def _groups(results: Results) -> str:
+    return table(
+        "Many groups: Adam, fp32, step and the wait for the device",
+        [
+            {
+                "tensors": line.case.size,
+                OURS: line.time(OURS),
+                TRITON: line.time(TRITON),
+                "compared with": line.case.yardstick.label if line.case.yardstick else NONE,
+                "cost": line.ratio("cost"),
+                "goal of cost": line.goal("cost"),
+                **line.against(),
+            }
+            for line in _lines(results, "gpu groups")
+        ],
+    )
+
+
+def _raced(title: str, *tables: str) -> Callable[[Results], str]:
+    def build(results: Results) -> str:
+        lines = [line for line in _lines(results, *tables) if line.rival]
+        return table(
+            title,
+            [
+                {
+                    "rule": line.case.kind.label,
+                    "stored as": line.case.mix,
+                    "tensors": line.case.size,
+                    OURS: line.time(OURS),
+                    TRITON: line.time(TRITON),
+                    **line.against(),
+                    "both backends equal": line.equal(),
+                }
+                for line in lines
+            ],
+        )
+
+    return build
+
+
+def _roof(results: Results) -> str:
+    lines = [line for line in _lines(results, *{case.table for case in GPU_CASES}) if line.case.stripped]
+    return table(
+        "How close to the memory: bytes that a step must move, over its time",
+        [
+            {
+                "rule": line.case.kind.label,
+                "stored as": line.case.mix,
+                "tensors": line.case.size,
+                "GB/s": rate_of(line.get(OURS, "gb_per_s")),
+                f"of the {STRIPPED}": line.ratio("rate", OURS),
+                f"of {COPY}": line.ratio("share", OURS),
+                "Triton's GB/s": rate_of(line.get(TRITON, "gb_per_s")),
+                "Triton's share of the streams": line.ratio("rate", TRITON),
+                "goals": f"{line.goal('rate')}, {line.goal('share')}",
+            }
+            for line in lines
+        ],
+    )
+
+
+def _ceilings(results: Results) -> str:
+    return table(
+        "The ceilings: what the plainest kernels reach",
+        [
+            {
+                "kernel": row.contender,
+                "time": time_of(results.get(CEILINGS, row.contender, "us_per_step")),
+                "GB/s": rate_of(row),
+            }
+            for row in results.of(CEILINGS, "gb_per_s")
+        ],
+    )
+
+
+def _launches(results: Results) -> str:
+    lines = []
+    for row in results.of(LAUNCHES, "launches"):
+        copies = results.get(LAUNCHES, row.contender, "copies")
+        copied = f"{copies.p50:,.0f}" if copies else NONE
+        lines.append({"1,000x1,000": row.contender, "kernels": f"{row.p50:,.0f}", "copies": copied})
+    return table("What one step starts on the device", lines)
+
+
+def _noise(results: Results) -> str:
+    again = NOISE_LABELS[1]
+    lines = [Line(case, results) for case in GPU_CASES if case.table == "gpu noise"]
+    return table(
+        "Noise of the run: torch fused raced against itself",
+        [
+            {
+                "tensors": line.case.size,
+                "torch fused": line.time(again),
+                "ratio": ratio_of(line.get(again, f"speedup/{NOISE_LABELS[0]}")),
+            }
+            for line in lines
+            if line.get(again, "us_per_step")
+        ],
+    )
+
+
+_PARTS: tuple[Callable[[Results], str], ...] = (
+    _small,
+    _groups,
+    _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
+    _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),
+    _raced("Against the compiled step of torch, by the device's clock", "gpu compiled"),
+    _roof,
+    _ceilings,
+    _launches,
+    _noise,
+)

@@ -1,0 +1,194 @@
+"""Where `step` lives on the device: nothing is waited for, nothing allocated, and a captured step can be replayed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, by_id
+from gpu_support import each_backend, needs_cuda, parametrize, ramp, tensors_of, wave
+from harness import difference
+from torch import Tensor
+
+import fastopt
+
+pytestmark = needs_cuda
+
+CAPTURABLE = by_id(
+    "rmsprop-everything",
+    "adam-coupled",
+    "adam-everything",
+    "adamw",
+    "adamax",
+    "nadam-coupled",
+    "radam-decoupled",
+)
+LOOKAHEAD = [Case(f"lookahead-{c.id}", c.name, c.kwargs, (3, 0.5)) for c in by_id("adam", "radam")]
+SIZES = (1, 33, 1000, 20_000)
+
+
+def _make(case: Case, params: list[Any], backend: str, lr: Any, **overrides: Any) -> Any:
+    return case.make([{"params": params[:2]}, {"params": params[2:]}], backend, lr=lr, capturable=True, **overrides)
+
+
+def _lr(value: float = 1e-2) -> Tensor:
+    return torch.tensor(value, device="cuda")
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises inside."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _assert_equal(got: list[Tensor], want: list[Tensor]) -> None:
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert not (text := difference(a.cpu(), b.cpu())), f"tensor {i}: {text}"
+
+
+def _cpu_run(case: Case, steps: int) -> list[Tensor]:
+    params = [ramp(n, device="cpu") for n in SIZES]
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], "reference")
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step)
+        for p in params:
+            p.grad = wave(p.numel(), step, device="cpu")
+        optimizer.step()
+    return tensors_of(optimizer)
+
+
+def _rate(step: int) -> float:
+    """A schedule, in numbers that float32 holds exactly."""
+    return 2.0**-7 * (1 + (step % 4) / 4)
+
+
+@parametrize([*CAPTURABLE, *LOOKAHEAD])
+def test_device_counters_give_the_same_numbers(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Coefficients computed on the device, in float64, round to the values computed on the host."""
+    params, lr = [ramp(n) for n in SIZES], _lr()
+    optimizer = _make(case, params, backend, lr)
+    for step in range(30):
+        lr.fill_(_rate(step))
+        for p in params:
+            p.grad = wave(p.numel(), step)
+        optimizer.step()
+    assert optimizer.state[params[0]]["step"].is_cuda
+    _assert_equal(tensors_of(optimizer), _cpu_run(case, 30))
+
+
+@parametrize([*CAPTURABLE, *LOOKAHEAD])
+def test_replay_is_the_eager_run(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A step captured once, gradients in the graph's own pool, replayed under a schedule of the learning rate."""
+    runs = []
+    for captured in (True, False):
+        params, lr = [ramp(n) for n in SIZES], _lr()
+        inputs = [torch.zeros(n, device="cuda") for n in SIZES]
+        optimizer = _make(case, params, backend, lr)
+
+        def train(params: Any = params, inputs: Any = inputs, optimizer: Any = optimizer) -> None:
+            for p, x in zip(params, inputs, strict=True):
+                p.grad = x * 2
+            optimizer.step()
+
+        def feed(step: int, inputs: Any = inputs, lr: Tensor = lr) -> None:
+            lr.fill_(_rate(step))
+            for x in inputs:
+                x.copy_(wave(x.numel(), step))
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for step in range(3):
+                feed(step)
+                train()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            feed(3)
+            with torch.cuda.graph(graph):
+                train()
+        for step in range(3, 15):
+            feed(step)
+            graph.replay() if captured else train()
+        runs.append(tensors_of(optimizer))
+        torch.cuda.synchronize()
+    _assert_equal(*runs)
+
+
+@parametrize([*CAPTURABLE, *LOOKAHEAD, *by_id("ranger")])
+def test_no_host_waits_and_nothing_is_allocated(case: Case, dtype: torch.dtype, backend: str) -> None:
+    params, lr = [ramp(n) for n in SIZES], _lr()
+    if case.name == "Ranger" and "capturable" not in inspect.signature(fastopt.Ranger).parameters:
+        pytest.skip("Ranger has no capturable argument")
+    optimizer = _make(case, params, backend, lr)
+    for p in params:
+        p.grad = wave(p.numel(), 0)
+    for _ in range(8):
+        optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with _no_waiting():
+        for _ in range(7):
+            optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "RAdam", "Ranger"])
+def test_ordinary_steps_allocate_nothing_either(name: str, backend: str) -> None:
+    params = [ramp(n) for n in SIZES]
+    optimizer = getattr(fastopt, name)(params, lr=1e-3, backend=backend)
+    for p in params:
+        p.grad = wave(p.numel(), 0)
+    for _ in range(13):
+        optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with _no_waiting():
+        for _ in range(13):
+            optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@each_backend
+def test_a_first_step_inside_a_capture_is_refused(backend: str) -> None:
+    """Tables would be uploaded while the graph records: at a replay they may be gone. Nothing half made stays."""
+    p, q = ramp(100), ramp(100)
+    optimizer, fresh = (fastopt.Adam([t], lr=_lr(), capturable=True, backend=backend) for t in (p, q))
+    p.grad, q.grad = wave(100, 0), wave(100, 0)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    torch.cuda.synchronize()
+    for _ in range(2):
+        optimizer.step()
+        fresh.step()
+    _assert_equal(tensors_of(optimizer), tensors_of(fresh))
+
+
+@each_backend
+def test_capture_without_capturable_is_refused(backend: str) -> None:
+    """The learning rate and the step count would be frozen into the graph; torch's own check says so."""
+    p = ramp(100)
+    optimizer = fastopt.Adam([p], lr=1e-2, backend=backend)
+    p.grad = wave(100, 0)
+    optimizer.step()
+    before = p.detach().clone()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.equal(p.detach(), before)
+    optimizer.step()
+    assert not torch.equal(p.detach(), before)
