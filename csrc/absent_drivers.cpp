@@ -15,6 +15,7 @@ std::string cuda_why_not(int) {
 
 #if !defined(FASTOPT_WITH_EMULATOR)
 const DeviceDriver* emulator() { return nullptr; }
+void emulate_only_last(uint32_t) {}
 #endif
 
 }  // namespace fastopt

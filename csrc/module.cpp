@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cuda_driver.h"
 #include "plan.h"
 
 namespace fastopt {
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("chain_names", &fastopt::chain_names);
   m.def("instruction_set", [] { return fastopt::instruction_set().name; });
   m.def("has_cuda", [] { return fastopt::cuda_driver() != nullptr; });
+  m.def("cuda_archs", &fastopt::cuda_archs);
+  m.def("cuda_why_not", &fastopt::cuda_why_not);
   m.def("emulate_only_last", &fastopt::emulate_only_last);
   m.def("has_emulator", [] { return fastopt::emulator() != nullptr; });
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))

@@ -4,6 +4,7 @@ from fastopt.compare import compare
 from fastopt.comparison import Comparison
 from fastopt.convert import convert
 from fastopt.explain import explain
+from fastopt.importers import import_state
 from fastopt.info import info
 from fastopt.optimizers.adagrad import Adagrad
 from fastopt.optimizers.adam import Adam, AdamW
@@ -31,5 +32,6 @@ __all__ = [
     "compare",
     "convert",
     "explain",
+    "import_state",
     "info",
 ]

@@ -72,8 +72,8 @@ def convert(optimizer: Optimizer, cls: type[Optimizer] | None = None, **override
         raise TypeError("a Lookahead has no hyper-parameters to override here: edit its param_groups")
     if cls is not None and issubclass(cls, Lookahead):
         raise TypeError("Lookahead wraps an optimizer instead of replacing it: fastopt.Lookahead(optimizer)")
-    same_rule = cls is None or cls is type(optimizer) or cls is _twin(optimizer)
-    cls = cls or _twin(optimizer)
+    same_rule = cls is None or cls is type(optimizer) or cls is twin(optimizer)
+    cls = cls or twin(optimizer)
     if cls is None:
         known = ", ".join(sorted(twin.__name__ for twin in _TWINS))
         raise TypeError(
@@ -103,7 +103,8 @@ def convert(optimizer: Optimizer, cls: type[Optimizer] | None = None, **override
     return converted  # type: ignore[no-any-return]
 
 
-def _twin(optimizer: Optimizer) -> type[Optimizer] | None:
+def twin(optimizer: Optimizer) -> type[Fused] | None:
+    """Our class for an optimizer, its own if it is one of ours."""
     if isinstance(optimizer, Fused):
         return type(optimizer)
     return next((_TWINS[base] for base in type(optimizer).__mro__ if base in _TWINS), None)

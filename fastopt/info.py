@@ -49,7 +49,8 @@ def info() -> Info:
     """
     devices = {"cpu": _cpu()}
     if torch.cuda.is_available():
-        devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        devices["cuda"] = f"{names}, {_cuda_kernels()}"
     reasons = {(device, name): backends.why_not(name, device) for device in devices for name in backends.NAMES}
     chosen = {device: backends.choose(device, backends.wish(None)) or "torch" for device in devices}
     return Info(_versions(), devices, reasons, chosen)
@@ -64,6 +65,12 @@ def _versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         versions["triton"] = "absent"
     return versions
+
+
+def _cuda_kernels() -> str:
+    module = native.extension()
+    archs = module.cuda_archs() if module else ""
+    return f"kernels for sm_{archs.replace(';', ', sm_')}" if archs else "no compiled kernels"
 
 
 def _cpu() -> str:

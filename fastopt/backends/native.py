@@ -64,7 +64,17 @@ def why_not(device: str = "cpu") -> str:
             "the compiled extension was built without CUDA kernels: put nvcc on PATH (or set CUDA_HOME), set "
             "FASTOPT_CUDA=1, then " + _REBUILD
         )
-    return ""
+    return _why_not_cuda()
+
+
+@cache
+def _why_not_cuda() -> str:
+    """What the driver and each device have against the kernels that were built."""
+    module = extension()
+    assert module is not None
+    reasons = (module.cuda_why_not(index) for index in range(max(1, torch.cuda.device_count())))
+    reason: str = next(filter(None, reasons), "")
+    return reason or ("" if torch.cuda.is_available() else "this torch was built without CUDA")
 
 
 def why_not_emulated(device: str = "cpu") -> str:

@@ -158,6 +158,7 @@ class Ranger(Fused, SlowWeights, Optimizer):
                 group["n_sma_threshold"] = group.pop("N_sma_threshhold")
             for key, value in (state.get("defaults") or self.defaults).items():
                 group.setdefault(key, value)
+            _check(group)
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
