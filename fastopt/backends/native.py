@@ -109,24 +109,44 @@ def advise_huge_pages(t: Tensor) -> None:
 
 
 class DeviceMemory:
-    """Memory for the tables of a plan, from torch's allocator."""
+    """Memory for the tables of a plan, from torch's allocator.
+
+    The compiled plan holds what it uses now. What kernels in flight, or a captured graph, may still read is held here.
+    """
 
     def __init__(self, emulate: bool) -> None:
         self._device = "cpu" if emulate else "cuda:{}"
+        self._newest: dict[int, Tensor] = {}
+        self._streams: dict[int, int] = {}  # each was allocated on
+        self._captured: list[Tensor] = []
 
     def allocate(self, device: int, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device.format(device))
+        self._newest[device] = torch.empty(nbytes, dtype=torch.uint8, device=self._device.format(device))
+        if self._device != "cpu":
+            self._streams[device] = torch._C._cuda_getCurrentRawStream(device)
+        return self._newest[device]
 
     def upload(self, to: Tensor, address: int, nbytes: int) -> None:
         host = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
         to[:nbytes].copy_(host)  # returns when the host memory may be reused
 
+    def used(self, device: int, stream: int) -> None:
+        """Kernels on the current stream, as its raw handle, are about to read the tables of a device."""
+        tables = self._newest.get(device)
+        if tables is None:
+            return
+        if stream != self._streams[device]:
+            # The allocator gives freed memory to the stream it was allocated on without asking the others.
+            tables.record_stream(torch.cuda.current_stream(device))
+        if torch.cuda.is_current_stream_capturing() and not any(tables is kept for kept in self._captured):
+            self._captured.append(tables)
+
 
 class Plan:
     """The compiled plan, told on which streams to run and where a loss scale lies."""
 
-    def __init__(self, core: Any) -> None:
-        self._core = core
+    def __init__(self, core: Any, memory: DeviceMemory) -> None:
+        self._core, self._memory = core, memory
         self.build, self.gather = core.build, core.gather
 
     def launch(self, amp: Amp) -> None:
@@ -138,7 +158,9 @@ class Plan:
         return int(self._core.device_launches())
 
     def _step(self, device: int, amp: Amp) -> tuple[int, int, int]:
-        return torch._C._cuda_getCurrentRawStream(device), *amp.addresses(f"cuda:{device}")
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self._memory.used(device, stream)
+        return stream, *amp.addresses(f"cuda:{device}")
 
 
 class EmulatedPlan(Plan):
@@ -151,5 +173,6 @@ def make_plan(
 ) -> Plan:
     module = extension()
     assert module is not None, why_not()
-    core = module.Plan(hyper, counters, ignored, intern, DeviceMemory(emulate), emulate)
-    return EmulatedPlan(core) if emulate else Plan(core)
+    memory = DeviceMemory(emulate)
+    core = module.Plan(hyper, counters, ignored, intern, memory, emulate)
+    return (EmulatedPlan if emulate else Plan)(core, memory)
