@@ -48,7 +48,7 @@ test: $(BUILT_FOR_TESTS) $(STAMP)-test ## all tests; with nvcc, of the CUDA kern
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 aot: $(BUILT_AOT) $(STAMP)-test ## compile and check the GPU kernels for every architecture and dtype (needs nvcc)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py tests/test_cuda_interpreted.py
 
 # No environment is made and nothing is fetched: such a machine has its own torch, Triton, nvcc, ninja and pytest.
 gpu: ## on a machine with a GPU: build, test and measure there, within nine minutes, into the folder OUT

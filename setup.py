@@ -13,6 +13,8 @@ Environment:
   FASTOPT_CUDA_MIXES  for which storage (names of Mix in csrc/device.h), e.g. "f32;bf16"; any_f32 and any_f64, which
                       take whatever has no kernels of its own, are always built (default: all)
   FASTOPT_EMULATOR    1: also the CUDA kernels' source as CPU code, for tests (default 0)
+  FASTOPT_SANITIZE    sanitizers to compile the C++ with, as -fsanitize spells them, e.g. "address,undefined"; see
+                      `make sanitize` for how to run the result (default: none)
   CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH)
   CXX                 the C++ compiler (default g++)
   MAX_JOBS            how many compilers may run at once (default: ninja's choice)
@@ -58,6 +60,10 @@ COMMON_FLAGS = (
     "-ffp-contract=off",
     "-Wall",
 )
+
+# A report is an error, and says in which line.
+SANITIZE = os.environ.get("FASTOPT_SANITIZE") or ""
+SANITIZE_FLAGS = (f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1", "-g1") if SANITIZE else ()
 
 # -fmad=false is what -ffp-contract=off is above; division and square root are rounded correctly by default.
 NVCC_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
@@ -130,7 +136,7 @@ class Cuda:
             yield f"-gencode=arch=compute_{number},code={code}"
 
     def link_flags(self) -> list[str]:
-        """The static runtime, so no second libcudart beside torch's. nvcc may be a wrapper: it is asked where that is."""
+        """The static runtime, so no second libcudart beside torch's. Where it is, nvcc says: it may be a wrapper."""
         said = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
         found = re.search(r"^#\$ LIBRARIES=(.*)$", said, re.MULTILINE)
         folders = shlex.split(found[1]) if found else []
@@ -151,13 +157,22 @@ def find_nvcc() -> str | None:
     )
 
 
+def said_by(command: list[str]) -> str:
+    """The standard output of a command; nothing if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def gpus() -> list[str]:
     """The architectures of the GPUs present."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-        return sorted({found.replace(".", "") for found in re.findall(r"^\d+\.\d$", said, re.MULTILINE)}, key=int)
-    return []
+    said = said_by(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return sorted({found.replace(".", "") for found in re.findall(r"^\d+\.\d$", said, re.MULTILINE)}, key=int)
+
+
+def known_archs(nvcc: str) -> list[str]:
+    return re.findall(r"compute_(\w+)", said_by([nvcc, "--list-gpu-arch"]))
 
 
 def all_mixes() -> list[str]:
@@ -182,8 +197,8 @@ def chosen_archs(nvcc: str) -> list[str]:
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}(\+PTX)?", arch):
             raise SystemExit(f"FASTOPT_CUDA_ARCHS: {arch!r} is none; accepted are lists such as {ALL_ARCHS}")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    if unknown := [arch for arch in archs if f"compute_{arch.removesuffix('+PTX')}" not in known]:
+    known = known_archs(nvcc)
+    if unknown := [arch for arch in archs if arch.removesuffix("+PTX") not in known]:
         raise CompileError(f"{nvcc} cannot compile for sm_{', sm_'.join(unknown)}, only for {', '.join(known)}")
     return archs
 
@@ -286,9 +301,12 @@ def path(value: object) -> str:
 
 
 def ninja_text(library: str, torch: Torch) -> str:
-    compile_command = f"{shell(CXX)} {shell((*COMMON_FLAGS, f'-I{CSRC}'))} $flags -MMD -MF $out.d -c $in -o $out"
+    compile_command = (
+        f"{shell(CXX)} {shell((*COMMON_FLAGS, *SANITIZE_FLAGS, f'-I{CSRC}'))} $flags -MMD -MF $out.d -c $in -o $out"
+    )
     cuda_libraries = cuda().link_flags() if cuda() else []
-    link_command = f"{shell(CXX)} -shared -Wl,-s $in -o $out {shell([*torch.link_flags(), *cuda_libraries])}"
+    link_flags = shell(SANITIZE_FLAGS or ("-Wl,-s",))
+    link_command = f"{shell(CXX)} -shared {link_flags} $in -o $out {shell([*torch.link_flags(), *cuda_libraries])}"
     text = [
         f"rule cxx\n  command = {compile_command}\n  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
         *nvcc_rule(),
@@ -326,7 +344,8 @@ def find_ninja() -> str | None:
 
 def build_folder(torch: Torch) -> Path:
     """Not build_ext's build_temp: an editable build's is a new random folder each time, and nothing would be reused."""
-    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-torch{torch.version}"
+    suffix = f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-torch{torch.version}{suffix}"
 
 
 class NinjaBuild(build_ext):

@@ -155,7 +155,7 @@ void run_tiles(const Item& item, int64_t begin, int64_t end, T shift) {
     s[k].data = item.s[k];
     s[k].dtype = item.s_dtype[k];
     s[k].layout = item.layout;
-    s[k].index = 2 + k;
+    s[k].index = 2 + item.first_slot + k;
   }
   for (int64_t i = begin; i < end; i += tile_length) {
     const int64_t n = std::min(tile_length, end - i);

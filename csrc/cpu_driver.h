@@ -28,9 +28,9 @@ struct Item {
   int64_t n;
   int64_t rows;  // > 0: the gradient is centralised over this many leading slices
   int16_t chain;
-  int8_t slots;
-  bool wide;    // computes in double
-  bool direct;  // dense, and every stream already has the compute type
+  int8_t slots, first_slot;  // s[k] is state first_slot + k of the layout
+  bool wide;                 // computes in double
+  bool direct;               // dense, and every stream already has the compute type
   Dtype p_dtype, g_dtype, s_dtype[max_slots];
 };
 

@@ -6,32 +6,35 @@
 namespace fastopt {
 namespace {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool needs_more_registers = true;
+// How many blocks an SM should hold, by the states of a chain: as many as ptxas fits without a spill on sm_90, whose
+// memory asks for the most bytes in flight for its registers: each thread has one vector of every stream on its way.
+// For sm_100 ptxas takes more registers; sm_80 has half the bandwidth. tests/test_cuda_compiled.py lists what comes of
+// it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 9
+constexpr bool packed = true;
 #else
-constexpr bool needs_more_registers = false;
+constexpr bool packed = false;
 #endif
 
-// How many blocks an SM should hold, by the states of a chain: as many as ptxas fits without a spill, since each holds
-// one vector of every stream in flight for each thread. tests/test_cuda_compiled.py lists what comes of it.
 template <class Chain, Mix mix, bool centralise>
 constexpr int blocks_per_sm() {
   using M = MixOf<mix>;
   constexpr int slots = Chain::slots;
   if constexpr (M::any) {
     return centralise ? 1 : 2;
-  } else {
-    constexpr bool vector_of_8 = M::V == 8, vector_of_2 = M::V == 2, wide_states = M::s_dtype == Dtype::f32;
-    if (centralise) return vector_of_8 || vector_of_2 || slots > 2 ? 2 : 3;
-    if (needs_more_registers) {
-      constexpr int f64[] = {4, 3, 2, 2, 2}, f32[] = {5, 4, 3, 3, 2}, narrow[] = {5, 4, 3, 2, 2};
-      return vector_of_2 ? f64[slots] : vector_of_8 ? narrow[slots] : f32[slots];
-    }
-    constexpr int f64[] = {5, 3, 3, 2, 2}, f32[] = {6, 5, 4, 4, 4}, mixed[] = {5, 4, 3, 3, 2},
-                  narrow[] = {5, 4, 4, 3, 3};
-    if (vector_of_8) return wide_states ? mixed[slots] : narrow[slots];
+  } else if constexpr (centralise) {
+    return M::V == 4 && slots <= 2 ? 3 : 2;
+  } else if constexpr (M::V == 2) {
+    constexpr int f64[] = {4, 3, 2, 2, 2};
+    return f64[slots];
+  } else if constexpr (packed) {
+    constexpr int f32[] = {6, 5, 4, 4, 4}, mixed[] = {5, 4, 3, 3, 2}, narrow[] = {5, 4, 4, 3, 3};
+    if (M::V == 8) return M::s_dtype == Dtype::f32 ? mixed[slots] : narrow[slots];
     // Ten coefficients beside five vectors are more than 64 registers hold.
-    return vector_of_2 ? f64[slots] : slots == 3 && Chain::coefficients >= 10 ? 3 : f32[slots];
+    return slots == 3 && Chain::coefficients >= 10 ? 3 : f32[slots];
+  } else {
+    constexpr int f32[] = {5, 4, 3, 3, 2}, narrow[] = {5, 4, 3, 2, 2};
+    return M::V == 8 ? narrow[slots] : f32[slots];
   }
 }
 

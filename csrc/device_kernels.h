@@ -2,6 +2,8 @@
 // compiles them too, and the lanes run one after the other (emulator.cpp).
 #pragma once
 
+#include <type_traits>
+
 #include "chains.h"
 #include "device.h"
 
@@ -247,6 +249,7 @@ struct Update {
   static constexpr int S = Chain::slots, C = Chain::coefficients, V = M::V;
 
   const DeviceTensor& tensor;
+  int first_slot;  // s[k] is the tensor's state first_slot + k
   void* p;
   void* g;
   void* s[S + 1];
@@ -255,9 +258,14 @@ struct Update {
   const float* scale;
 
   FASTOPT_HD Update(const LaunchHeader& header, const unsigned char* payload, uint32_t number, const void* gradient)
-      : tensor(header.table[number]), p(tensor.p), g(const_cast<void*>(gradient)), shift(0), scale(header.grad_scale) {
+      : tensor(header.table[number]),
+        first_slot(header.first_slot),
+        p(tensor.p),
+        g(const_cast<void*>(gradient)),
+        shift(0),
+        scale(header.grad_scale) {
 #pragma unroll
-    for (int k = 0; k < S; ++k) s[k] = tensor.s[header.first_slot + k];
+    for (int k = 0; k < S; ++k) s[k] = tensor.s[first_slot + k];
     if (header.rows) {
 #pragma unroll
       for (int k = 0; k < C; ++k) c[k] = static_cast<T>(header.rows[number].c[k]);
@@ -290,6 +298,8 @@ struct Update {
       const Streams at = streams(base);
       const int from = static_cast<int>(begin - base), to = static_cast<int>(end - base);
       const int up = from > 0 ? V : 0, first = up < to ? up : to, last = first < to / V * V ? to / V * V : first;
+      // A second vector could not be read before the first is written: unrolling would only cost registers.
+#pragma unroll 1
       for (int i = first + lane * V; i < last; i += lanes * V) vector(at, i);
       const int head = first - from, ragged = head + (to - last);
       if (lane < ragged) element(at, lane < head ? from + lane : last + (lane - head));
@@ -356,16 +366,19 @@ struct Update {
 
   FASTOPT_HD void any_element(int64_t i) const {
     int64_t at[2 + S];
-    for (int k = 0; k < 2 + S; ++k) at[k] = offset_of(tensor.strides, k, i);
-    T a = read_any<T>(p, tensor.p_dtype, at[0]), b = read_any<T>(g, tensor.g_dtype, at[1]), w[S + 1];
 #pragma unroll
-    for (int k = 0; k < S; ++k) w[k] = read_any<T>(s[k], tensor.s_dtype[k], at[2 + k]);
+    for (int k = 0; k < 2 + S; ++k) at[k] = offset_of(tensor.strides, k < 2 ? k : first_slot + k, i);
+    T a = read_any<T>(p, tensor.p_dtype, at[0]), b = 0, w[S + 1];
+    // Without a gradient there is p in its place, and the table speaks of another.
+    if constexpr (!std::is_same_v<Chain, Pull>) b = read_any<T>(g, tensor.g_dtype, at[1]);
+#pragma unroll
+    for (int k = 0; k < S; ++k) w[k] = read_any<T>(s[k], tensor.s_dtype[first_slot + k], at[2 + k]);
     if (scale) write_any<T>(g, tensor.g_dtype, at[1], b = divided(b));
     b = b - shift;
     Chain::apply(a, b, w, c);
     write_any<T>(p, tensor.p_dtype, at[0], a);
 #pragma unroll
-    for (int k = 0; k < S; ++k) write_any<T>(s[k], tensor.s_dtype[k], at[2 + k], w[k]);
+    for (int k = 0; k < S; ++k) write_any<T>(s[k], tensor.s_dtype[first_slot + k], at[2 + k], w[k]);
   }
 };
 

@@ -215,6 +215,7 @@ void Plan::add_item(Entry& entry, Group& group, const Found& found, bool sync) {
   item.rows = stepped ? entry.rows : 0;
   item.chain = row->chain;
   item.slots = row->slots;
+  item.first_slot = row->first_slot;
   item.p_dtype = entry.dtype;
   item.g_dtype = stepped ? found.dtype : entry.dtype;
   for (int k = 0; k < row->slots; ++k) {
@@ -389,8 +390,21 @@ int Plan::device_launches() const {
   return launches;
 }
 
+// Kernels write the unscaled gradient back: each of its elements must be there once.
+void Plan::check_unscaling() const {
+  for (const Active& active : active_) {
+    const Layout* layout = active.stepped && active.entry->device >= 0 ? active.entry->layout.get() : nullptr;
+    for (size_t d = 0; layout && d < layout->sizes.size(); ++d)
+      if (layout->sizes[d] > 1 && layout->strides[1][d] == 0)
+        throw std::runtime_error(
+            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own");
+  }
+}
+
 void Plan::launch(const std::vector<DeviceStep>& steps) {
   if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
+  if (std::any_of(steps.begin(), steps.end(), [](const DeviceStep& step) { return step.grad_scale; }))
+    check_unscaling();
   parallel(static_cast<int64_t>(active_.size()), examine_grain,
            [this](int64_t begin, int64_t end) { commit(static_cast<size_t>(begin), static_cast<size_t>(end)); });
   for (size_t k = 0; k < devices_.size(); ++k)

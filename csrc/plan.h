@@ -159,6 +159,7 @@ class Plan {
   static const Layout* layout_with(Entry& entry, c10::IntArrayRef gradient);
   static void prefetch(const Entry& entry);
   const c10::TensorImpl* find_grad(const Entry& entry) const;
+  void check_unscaling() const;
   void add_item(Entry& entry, Group& group, const Found& found, bool sync);
   const Row* row_for(Group& group, const RowKey& key);
   void trim();

@@ -3,9 +3,11 @@
 from fastopt.compare import compare
 from fastopt.comparison import Comparison
 from fastopt.convert import convert
+from fastopt.dialects import ImportReport
 from fastopt.explain import explain
 from fastopt.importers import import_state
 from fastopt.info import info
+from fastopt.materialize import materialize_state
 from fastopt.optimizers.adagrad import Adagrad
 from fastopt.optimizers.adam import Adam, AdamW
 from fastopt.optimizers.adamax import Adamax
@@ -24,6 +26,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Comparison",
+    "ImportReport",
     "Lookahead",
     "NAdam",
     "RAdam",
@@ -34,4 +37,5 @@ __all__ = [
     "explain",
     "import_state",
     "info",
+    "materialize_state",
 ]

@@ -112,7 +112,7 @@ class Source:
             return
         wanted = self.counterparts.get(job.kind)
         if wanted is None:
-            raise job.refuse(f"{job.kind} has no counterpart there; {', '.join(self.counterparts)} have")
+            raise job.refuse(f"{job.kind} has no counterpart there; accepted: {', '.join(self.counterparts)}")
         others = frozenset[str]().union(*self.counterparts.values()) - wanted
         if (missing := wanted - saved.keys()) or (foreign := others & saved.keys()):
             what = f"lacks {listed(missing)}" if missing else f"has {listed(foreign)}"
@@ -174,8 +174,7 @@ RANGER = Source(
     _RANGER_KEYS,
     ("use_gc", "gc_conv_only"),
 )
-"""ranger.py up to v20.4.11, pytorch-ranger 0.1.1 and torch_optimizer 0.3.0: the same checkpoints, the last two without
-gradient centralisation."""
+"""ranger.py v20.4.11, and pytorch-ranger 0.1.1 (which torch_optimizer 0.3.0 hands out), without centralisation."""
 RANGER2020 = Source(
     "ranger2020",
     lambda state_dict: any(
@@ -282,6 +281,8 @@ def _kozistr_state(job: Job, saved: Group, group: Group, states: States) -> Stat
         raise job.refuse("pullback_momentum='pullback' interpolates momentum, which fastopt.Lookahead does not do")
     if "slow_params" in states:
         states[SLOW] = states.pop("slow_params")
+        if saved["counter"] >= group[K]:
+            raise job.refuse(f"it has counted {saved['counter']} steps, k was larger: construct Lookahead with that k")
     if is_torchs(saved):
         return states
     if job.unrectified(group, saved["step"] + 1) and not group.get("degenerated_to_sgd"):
@@ -337,7 +338,8 @@ def _optimi_state(job: Job, saved: Group, group: Group, states: States) -> State
     t = int(states.pop("step", saved.get("step", 0)))
     corrections = {key: 1 - beta**t for key, beta in zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True)}
     for key, correction in corrections.items():
-        states[key] = (states[key].double() * correction).to(states[key].dtype)
+        if isinstance(states.get(key), Tensor):
+            states[key] = (states[key].double() * correction).to(states[key].dtype)
     if "la_param" in states:
         states["slow_buffer"] = states.pop("la_param")
     if job.kind in ("RAdam", "Ranger"):

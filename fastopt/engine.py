@@ -108,7 +108,8 @@ class Engine:
         """`sync` without counters on a device for groups that the device alone does not serve."""
         if sync is None:
             return None
-        return [due if on_device or isinstance(due, bool) else is_due(due) for due, on_device in zip(sync, self.counts)]
+        dues = zip(sync, self.counts, strict=True)
+        return [due if on_device or isinstance(due, bool) else is_due(due) for due, on_device in dues]
 
     def _gather(self, optimizer: Optimizer, sync: Sequence[Due] | None) -> bool:
         return all(plan.gather(optimizer.param_groups, optimizer.state, sync) for plan in self._plans.values())
@@ -234,12 +235,16 @@ class Engine:
         return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
 
     def _unscale(self, optimizer: Optimizer, scale: Tensor) -> None:
-        """Divide gradients by the loss scale and write them back, as torch's fused kernels do; devices' kernels do too."""
+        """Divide gradients by the loss scale and write them back, as torch's fused kernels and those of devices do."""
         params = [p for group in optimizer.param_groups for p in group["params"] if not self._routes[id(p)].device]
+        grads = [p.grad for p in params if p.grad is not None]
+        if any(grad.layout == torch.strided and routing._overlaps_itself(grad) for grad in grads):
+            raise RuntimeError(
+                "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
+            )
         with torch.no_grad():
-            for p in params:
-                if p.grad is not None:
-                    p.grad.div_(scale.to(p.grad.device))
+            for grad in grads:
+                grad.div_(scale.to(grad.device))
 
     def _step_torch(self, optimizer: Optimizer, sync: Sequence[Due] | None) -> None:
         """torch's own code for the parameters the kernels do not take, then their slow weights."""

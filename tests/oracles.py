@@ -96,8 +96,8 @@ class Lookahead:
 
 
 def row_mean(g: Tensor) -> Tensor:
-    """Mean over every dimension but the first, accumulated in float64 and rounded once."""
-    total = g.double().flatten(1).sum(1) if g.dtype != torch.float64 else _fsum_rows(g)
+    """Mean over every dimension but the first, summed without error in float64 and rounded once."""
+    total = _fsum_rows(g.double())
     count = g[0].numel() if g.shape[0] else 1
     return (total / count).to(g.dtype).reshape(-1, *[1] * (g.dim() - 1))
 

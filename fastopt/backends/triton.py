@@ -29,7 +29,7 @@ from torch import Tensor
 from fastopt import routing
 from fastopt.backends import triton_kernels as kernels
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton_tables import REBUILD, Bucket, Channel, Entry, Key, Tile, classify
+from fastopt.backends.triton_tables import Bucket, Channel, Entry, Key, Tile, classify
 from fastopt.chain import Chain
 from fastopt.rule import FLAGS, PULL, DeviceRow, Row, Setting
 
@@ -143,7 +143,8 @@ class Segment:
 
 
 def _written(entry: Entry, first: int, used: int) -> list[Tensor]:
-    return [entry.p, *entry.tensors[first : first + used], *entry.counters]
+    owner = [] if entry.owner is entry.p else [entry.owner]
+    return [entry.p, *entry.tensors[first : first + used], *entry.counters, *owner]
 
 
 @dataclass(eq=False)
@@ -194,6 +195,7 @@ class Work:
 
 
 _dtype, _shape, _layout, _grad = attrgetter("dtype"), attrgetter("shape"), attrgetter("layout"), attrgetter("grad")
+_local = attrgetter("_local_tensor")
 
 
 class Memory:
@@ -269,8 +271,6 @@ class TritonPlan:
         rows: Sequence[Sequence[int]],
         fresh: Sequence[Sequence[bool]],
     ) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(REBUILD)
         self._params = [p for group in groups for p in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
         settings = self._settings.of(groups)
@@ -299,7 +299,8 @@ class TritonPlan:
         for key, members in by_key.items():
             begin = sum(len(bucket.entries) for bucket in self._buckets)
             self._buckets.append(Bucket(key, members, begin, self._tile))
-            self._segments.append([self._segment(run, members, settings) for run in _runs(members)])
+            kinds = [(e.group, self._on_device(e, settings[e.group]), *(c.dtype for c in e.counters)) for e in members]
+            self._segments.append([self._segment(run, members, settings) for run in _runs(kinds)])
 
     def _segment(self, run: tuple[int, int], members: list[Entry], settings: list[Setting]) -> Segment:
         own = members[run[0] : run[1]]
@@ -326,15 +327,19 @@ class TritonPlan:
         entries = self._entries
         self._state_keys = list(state)
         self._state_values = list(state.values())
-        self._dicts = [state[e.p] for e in entries if e.p in state]
+        self._dicts = [state[e.owner] for e in entries if e.owner in state]
         self._keys = list(concatenated.from_iterable(self._dicts))
         self._values = list(concatenated.from_iterable(map(methodcaller("values"), self._dicts)))
         self._memory = Memory([t for e in entries for t in (e.p, *e.tensors)], [t for e in entries for t in e.counters])
-        self._owners = [e.p for e in entries]
+        self._owners = [e.owner for e in entries]
+        standing_for = [(t, routing.within(t)) for t in (*self._owners, *filter(torch.is_tensor, self._values))]
+        self._wrapped = [t for t, local in standing_for if local is not t]
+        self._locals = [local for t, local in standing_for if local is not t]
         self._grad_strides = [e.strides for e in entries]
         self._grad_shapes = [e.p.shape for e in entries]
         self._grad_dtypes = [e.key.g for e in entries]
         self._devices = [e.p.get_device() for e in entries]
+        self._fresh = [e for e in entries if e.fresh]
 
     def _unchanged(self, groups: Groups, state: State) -> bool:
         """Whether every object is the one the tables were made from, and lies where it lay."""
@@ -346,6 +351,7 @@ class TritonPlan:
             and all(map(is_, state.values(), self._state_values))
             and list(concatenated.from_iterable(self._dicts)) == self._keys
             and all(map(is_, concatenated.from_iterable(map(methodcaller("values"), self._dicts)), self._values))
+            and all(map(is_, map(_local, self._wrapped), self._locals))
             and self._memory.holds()
         )
 
@@ -359,7 +365,6 @@ class TritonPlan:
         settings = self._settings.of(groups)
         if any(setting.layout is not layout for setting, layout in zip(settings, self._layouts, strict=True)):
             return False
-        # Hyper-parameters may move to a device or back.
         pointers = self._gradients()
         if pointers is None:
             return False
@@ -376,7 +381,11 @@ class TritonPlan:
 
     def _gradients(self) -> list[int] | None:
         """Addresses of the gradients, 0 for none, 1 for an empty one; None if one does not fit."""
-        grads = list(map(_grad, self._owners))
+        grads: list[Tensor | None] = list(map(_grad, self._owners))
+        if self._wrapped:
+            for p in (p for p in self._wrapped if p.grad is not None):
+                routing.check_placements(p)
+            grads = [None if g is None else routing.within(g) for g in grads]
         present = [g for g in grads if g is not None]
         self._grads = present
         if not set(map(type, present)) <= {Tensor, torch.nn.Parameter} and any(map(routing.why_not_grad, present)):
@@ -463,10 +472,9 @@ class TritonPlan:
         for counters, value in self._updates:
             for counter in counters:
                 counter.value = value
-        for work in self._work:
-            for k, entry in enumerate(work.bucket.entries):
-                if entry.fresh and work.has(k):
-                    entry.fresh = False
+        for entry in self._fresh:
+            entry.fresh = entry.owner.grad is None
+        self._fresh = [entry for entry in self._fresh if entry.fresh]
         torch.autograd.graph.increment_version(self._written)
         self._work, self._updates, self._written, self._grads = [], [], [], []
 
@@ -480,6 +488,7 @@ class TritonPlan:
         if channel.capturing and (not self._captured or self._captured[-1] is not self._buckets):
             self._captured.append(self._buckets)
         for work, (grads_at, launches) in zip(works, places, strict=True):
+            work.bucket.lend()
             grads = Addressed(sent.long, grads_at // 8)
             values = sent.float64 if work.bucket.key.compute == torch.float64 else sent.float32
             size = values.element_size()
@@ -634,25 +643,27 @@ def _device_rows(
 
 def _entry(p: Tensor, group: int, setting: Setting, state: Mapping[str, Any], rows: int, fresh: bool) -> Entry | None:
     """The parameter with its state, or None if some of that does not exist."""
-    tensors = [state.get(key) for key in setting.slots]
-    counters = [state.get(key) for key in setting.rule.counters]
-    found = [t for t in tensors if isinstance(t, Tensor)], [t for t in counters if isinstance(t, Tensor)]
-    if len(found[0]) < len(tensors) or len(found[1]) < len(counters):
+    tensors, counters = (
+        [routing.within(t) for t in map(state.get, keys) if isinstance(t, Tensor)]
+        for keys in (setting.slots, setting.rule.counters)
+    )
+    if len(tensors) < len(setting.slots) or len(counters) < len(setting.rule.counters):
         return None
-    for key, counter in zip(setting.rule.counters, found[1], strict=True):
+    for key, counter in zip(setting.rule.counters, counters, strict=True):
         if counter.numel() != 1:
             raise ValueError(
                 f"state {key!r} of a parameter of group {group} has {counter.numel()} elements; a counter has one"
             )
-    strides = p.stride() if p.grad is None else p.grad.stride()
-    return Entry(p, group, *found, strides, p.numel() // rows if rows else 0, fresh)
+    local = routing.within(p)
+    strides = (local if p.grad is None else routing.within(p.grad)).stride()
+    return Entry(p, local, group, tensors, counters, strides, local.numel() // rows if rows else 0, fresh)
 
 
-def _runs(members: list[Entry]) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of entries of one group."""
+def _runs(kinds: Sequence[object]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of equal ones."""
     begin = 0
-    for k in range(1, len(members) + 1):
-        if k == len(members) or members[k].group != members[begin].group:
+    for k in range(1, len(kinds) + 1):
+        if k == len(kinds) or kinds[k] != kinds[begin]:
             yield begin, k
             begin = k
 

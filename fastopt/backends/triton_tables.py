@@ -18,11 +18,6 @@ from torch import Tensor
 
 from fastopt.backends import triton_kernels as kernels
 
-REBUILD = (
-    "a CUDA graph is being captured, and this step has to make new tables (parameters, state or gradients are not what "
-    "they were): run a step on the same tensors before capturing"
-)
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -65,6 +60,8 @@ class Key:
 class Entry:
     """One parameter with complete state."""
 
+    owner: Tensor
+    """What is in the group: p, or the DTensor whose local shard p is."""
     p: Tensor
     group: int
     tensors: list[Tensor]
@@ -140,6 +137,8 @@ class Bucket:
     partials: Tensor = field(init=False)
     programs: int = field(init=False)
     width: int = field(init=False)
+    stream: int = field(init=False)
+    """Where its memory belongs, see `lend`."""
 
     def __post_init__(self) -> None:
         key, entries = self.key, self.entries
@@ -159,7 +158,13 @@ class Bucket:
         self.table = torch.tensor(rows, dtype=torch.int64).to(key.device)
         split = key.mean == kernels.SPLIT
         self.partials = torch.empty(2 * self.programs if split else 2, dtype=torch.float64, device=key.device)
+        self.stream = stream_of(key.device)
         assert chunk % 16 == 0
+
+    def lend(self) -> None:
+        """Kernels on the current stream are about to read the tables."""
+        if stream_of(self.key.device) != self.stream:
+            lend(self.table, self.items, self.partials)
 
     def _counts(self, lengths: Tensor) -> Tensor:
         """How many work items each entry has."""
@@ -178,6 +183,17 @@ def item_map(counts: Tensor, order: Tensor | None = None) -> Tensor:
     tensor = torch.repeat_interleave(order, counts)
     part = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.stack([tensor, part], 1).to(torch.int32)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream as a number."""
+    return 0 if device.type != "cuda" else int(torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def lend(*tensors: Tensor) -> None:
+    """Tell the allocator of another stream: it gives freed memory to the one it was allocated on without asking."""
+    for tensor in tensors:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Sent:
@@ -207,6 +223,7 @@ class Channel:
         self._spare: list[Tensor] = []
         self._kept: list[tuple[Tensor, Sent]] = []
         self.capturing = False
+        self._stream = 0
         self.sent = Sent(torch.empty(0, dtype=torch.uint8))
 
     def send(self, block: bytes) -> Sent:
@@ -214,7 +231,10 @@ class Channel:
         capturing = self.capturing = self._cuda and torch.cuda.is_current_stream_capturing()
         if len(block) > self._capacity:
             if capturing:
-                raise RuntimeError(REBUILD)
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and this step sends more to the device than any before (more rows "
+                    "of coefficients, or other stages): run such a step before capturing"
+                )
             self._grow(len(block))
         if capturing:
             if not self._spare:
@@ -230,6 +250,8 @@ class Channel:
             self._next = (self._next + 1) % len(self._ring)
             if event is not None and not event.query():
                 event.synchronize()
+        if stream_of(self.device) != self._stream:
+            lend(self.sent.bytes)
         n = len(block)
         ctypes.memmove(host.data_ptr(), block, n)
         self.sent.bytes[:n].copy_(host[:n], non_blocking=True)
@@ -240,6 +262,7 @@ class Channel:
     def _grow(self, n: int) -> None:
         self._capacity = max(4096, 2 * n + -2 * n % 16)
         self.sent = Sent(torch.empty(self._capacity, dtype=torch.uint8, device=self.device))
+        self._stream = stream_of(self.device)
         event: Callable[[], Any] = torch.cuda.Event if self._cuda else lambda: None
         self._ring = [(self._host(), event()) for _ in range(self.SLOTS)]
         self._spare = []

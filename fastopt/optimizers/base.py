@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from fastopt import backends, memory
 from fastopt.engine import Engine
+from fastopt.plan import create_counter
 from fastopt.rule import Rule, Settings
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ class Fused(_Base):
         loaded = self.__dict__.pop("_loaded", None)
         if loaded is not None:
             state = state | {"state": _faithful(self.rule, state, loaded)}
+        _complete_counters(self.rule, state)
         hide()
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
@@ -220,6 +222,17 @@ def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defa
                 device = result[p][key].device if key in rule.counters else p.device
                 result[p][key] = memory.copy_of(value, device)
     return result
+
+
+def _complete_counters(rule: Rule, state: dict[str, Any]) -> None:
+    """Counters as tensors, where old checkpoints hold numbers, and also in states that somebody only began to fill."""
+    settings = Settings(rule, lambda chain: -1)
+    for group in state.get("param_groups", []):
+        for p in group["params"]:
+            own = state["state"].get(p)
+            for key in rule.counters if own else ():
+                if not isinstance(own.get(key), Tensor):
+                    own[key] = create_counter(settings.of(group), p, own.get(key, rule.counters[key]))
 
 
 def _without_self(init: Callable[..., Any]) -> inspect.Signature:

@@ -157,7 +157,8 @@ class Ranger(Fused, SlowWeights, Optimizer):
             if "N_sma_threshhold" in group:
                 group["n_sma_threshold"] = group.pop("N_sma_threshhold")
             for key, value in (state.get("defaults") or self.defaults).items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch adds it to every optimizer's defaults, not to the groups
+                    group.setdefault(key, value)
             _check(group)
         super().__setstate__(state)
 
