@@ -76,7 +76,9 @@ def main() -> int:
             failures += 1
             traceback.print_exc(limit=-3)
         at += 1
-        print(f"{tally.cases} cases, {failures} failures, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{tally.cases} cases, {failures} failures, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True
+        )
     kinds = ", ".join(f"{name} {n}" for name, n in sorted((tally.kinds + tally.done).items()))
     print(f"{tally.cases} programs from seed {options.seed}: {failures} failures, {time.monotonic() - start:.0f} s")
     print(f"sanitized: {'yes' if sanitized() else 'no'}; {kinds}")

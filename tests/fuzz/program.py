@@ -20,6 +20,7 @@ from cases import DTYPES, TORCH_NAMES, Case, by_id
 from harness import SENTINEL, difference, outside, place, torch_threads
 from torch import Tensor
 
+import fastopt
 from fuzz.twin import SLOW, Saved, Twin
 
 Hyper = tuple[tuple[str, Any], ...]
@@ -54,8 +55,15 @@ def put(value: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return place(value, layout if needs.get(layout, True) else "contiguous")
 
 
-def numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def writable(grad: Tensor) -> bool:
+    """Whether it is dense and each element is there once."""
+    if grad.layout != torch.strided:
+        return False
+    return not any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape, strict=True))
+
+
+def dense(grad: Tensor) -> Tensor:
+    return grad.to_dense().contiguous()
 
 
 class Plain:
@@ -163,6 +171,11 @@ class Run:
     def group(self, number: int) -> int:
         return number % len(self.optimizer.param_groups)
 
+    def group_of(self, index: int) -> int:
+        """The group that holds parameter number `index`."""
+        owners = [i for i, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
+        return owners[index]
+
     def param(self, number: int) -> tuple[int, Any]:
         params = self.params
         return number % len(params), params[number % len(params)]
@@ -219,12 +232,25 @@ class Run:
                 continue
             dtype = p.dtype if grad.dtype is None else DTYPES[grad.dtype]
             value = numbers(grad.kind, tuple(p.shape), dtype, grad.seed + 7 * i)
-            if grad.layout == "same" and p.grad is not None and p.grad.dtype == dtype:
-                if not any(s == 0 for s in p.grad.stride()):
-                    p.grad.copy_(value)
-                    continue
+            if grad.layout == "same" and p.grad is not None and p.grad.dtype == dtype and writable(p.grad):
+                p.grad.copy_(value)
+                continue
             p.grad, p.grad_dtype = None, None if dtype != p.dtype else p.dtype
-            p.grad = put(value, "contiguous" if grad.layout == "same" else grad.layout)[0]
+            if grad.layout == "sparse" and self.takes_sparse(i):
+                p.grad = value.to_sparse(1)
+            else:
+                p.grad = put(value, "contiguous" if grad.layout in ("same", "sparse") else grad.layout)[0]
+
+    def takes_sparse(self, index: int) -> bool:
+        """Whether torch has a rule for a sparse gradient of this parameter: fastopt leaves it to torch's code."""
+        if self.case.name not in ("SGD", "Adagrad") or self.program.flags or self.program.backend == "reference":
+            return False
+        p, member, hyper = self.params[index], self.twin.members[index], self.twin.hyper(self.group_of(index))
+        plain = not hyper["weight_decay"] and not hyper.get("momentum") and not isinstance(hyper["lr"], Tensor)
+        exact = (
+            p.dtype in (torch.float32, torch.float64) and not member.stored
+        )  # torch rounds 16 bits after every operation
+        return plain and exact and p.dim() > 0 and p.numel() > 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,7 +278,7 @@ class Step(Operation):
             del optimizer.grad_scale, optimizer.found_inf
         for i, (p, grad, version) in enumerate(zip(params, before, versions, strict=True)):
             if grad is not None:
-                assert not difference(p.grad.contiguous(), grad.contiguous()), f"{self}: gradient {i} changed"
+                assert not difference(dense(p.grad), dense(grad)), f"{self}: gradient {i} changed"
                 assert overflow or p._version > version, f"{self}: the version of parameter {i} did not change"
         if not overflow:
             run.twin.step(before)
@@ -361,7 +387,9 @@ class LoadBad(Operation):
         state_dict = copy.deepcopy(run.optimizer.state_dict())
         own = state_dict["state"].get(index, {})
         key = next((k for k in own if k not in oracles.SCALAR_STATES and isinstance(own[k], Tensor)), None)
-        if key is None or not run.loadable or run.case.name in ("SGD", "RMSprop"):  # a buffer without momentum is nobody's
+        if (
+            key is None or not run.loadable or run.case.name in ("SGD", "RMSprop")
+        ):  # a buffer without momentum is nobody's
             return
         own[key] = torch.zeros(*own[key].shape, 2)
         for group in state_dict["param_groups"]:
@@ -375,9 +403,10 @@ class LoadBad(Operation):
 
 @dataclass(frozen=True, repr=False)
 class ThroughTorch(Operation):
-    """torch.optim takes over, makes some steps, and hands back."""
+    """torch.optim takes over, makes some steps, and hands back: its state dict, or itself to be converted."""
 
     grads: tuple[tuple[Grad | None, ...], ...] = ()
+    convert: bool = False
 
     def apply(self, run: Run) -> None:
         wide = all(m.dtype in (torch.float32, torch.float64) and not m.dropped for m in run.twin.members)
@@ -398,8 +427,11 @@ class ThroughTorch(Operation):
             with oracles.exact_sqrt():
                 theirs.step()
             run.twin.step([p.grad for p in run.params])
-        run.optimizer.load_state_dict(theirs.state_dict())
-        run.keep_states("torch's state", theirs.state)
+        if self.convert:
+            run.optimizer = fastopt.convert(theirs, backend=run.program.backend)
+        else:
+            run.optimizer.load_state_dict(theirs.state_dict())
+            run.keep_states("torch's state", theirs.state)
 
 
 @dataclass(frozen=True, repr=False)
@@ -461,8 +493,8 @@ class ZeroGrad(Operation):
 
     def apply(self, run: Run) -> None:
         for p in run.params:
-            if p.grad is not None and any(s == 0 and n > 1 for s, n in zip(p.grad.stride(), p.grad.shape, strict=True)):
-                p.grad = None  # expanded: torch cannot write to it
+            if p.grad is not None and not writable(p.grad):
+                p.grad = None  # torch cannot write to it
         run.optimizer.zero_grad(set_to_none=self.set_to_none)
         assert all(p.grad is None or (not self.set_to_none and not p.grad.any()) for p in run.params)
 
@@ -550,9 +582,6 @@ class ReplaceParam(Operation):
         run.keep("a parameter that was replaced", old)
         run.optimizer.state.pop(old, None)
         run.twin.replace(index, new)
-        for group in run.optimizer.param_groups:
-            if index < len(group["params"]):
-                group["params"][index] = new
-                break
-            index -= len(group["params"])
+        group = run.optimizer.param_groups[run.group_of(index)]
+        group["params"] = [new if p is old else p for p in group["params"]]
         run.saved.clear()  # of another model

@@ -35,7 +35,22 @@ from fuzz.program import (
 )
 from harness import signature_has
 
-SHAPES = [(7,), (1,), (33,), (4, 5), (), (0,), (3, 0), (2, 3, 3, 3), (3, 1, 5), (64,), (1, 6), (130,), (5, 16), (2, 2, 2, 1, 3)]
+SHAPES = [
+    (7,),
+    (1,),
+    (33,),
+    (4, 5),
+    (),
+    (0,),
+    (3, 0),
+    (2, 3, 3, 3),
+    (3, 1, 5),
+    (64,),
+    (1, 6),
+    (130,),
+    (5, 16),
+    (2, 2, 2, 1, 3),
+]
 DEEP = (1, 2, 1, 2, 1, 1, 2, 1, 2)  # more dimensions than a device's kernels walk: torch's own code there
 LONG = (20_011,)  # more than one thread's worth
 LAYOUTS = ["contiguous", "offset1", "offset3", "transposed", "every_other", "gaps", "channels_last", "odd_ones"]
@@ -92,7 +107,9 @@ def hypers(draw: st.DrawFn, case: Case) -> Hyper:
 class Generator:
     """The strategies of one program, which agree on a case, a backend and the dtypes."""
 
-    def __init__(self, case: Case, backend: str, flags: Hyper, dtypes: list[str], mixed_grads: bool, deep: bool) -> None:
+    def __init__(
+        self, case: Case, backend: str, flags: Hyper, dtypes: list[str], mixed_grads: bool, deep: bool
+    ) -> None:
         self.case, self.backend, self.flags, self.dtypes = case, backend, flags, dtypes
         shapes = [*SHAPES, DEEP] if deep else SHAPES
         self.deep = deep
@@ -103,7 +120,7 @@ class Generator:
         self.hyper = hypers(case)
         grad_dtypes = [None, "fp32", "fp64", "bf16", "fp16"] if mixed_grads and not deep else [None]
         kinds = st.sampled_from(["normal"] * 6 + ["zero", "special", "nan", "inf", "tiny"])
-        layouts = st.sampled_from(["contiguous", "same", *LAYOUTS[1:], "expanded"])
+        layouts = st.sampled_from(["contiguous", "same", *LAYOUTS[1:], "expanded", "sparse"])
         self.grad = st.one_of(
             st.builds(Grad, kinds, layouts, st.sampled_from(grad_dtypes), NUMBER),
             st.builds(Grad, seed=NUMBER),
@@ -138,7 +155,7 @@ class Generator:
             st.builds(Load, NUMBER),
             st.builds(LoadOwn),
             st.builds(LoadBad, NUMBER),
-            st.builds(ThroughTorch, st.lists(self.grads, max_size=2).map(tuple)),
+            st.builds(ThroughTorch, st.lists(self.grads, max_size=2).map(tuple), st.booleans()),
             st.builds(Copy, st.sampled_from(["deepcopy", "pickle"])),
             st.builds(SwapData, NUMBER, self.layout),
             st.builds(Resize, NUMBER, st.one_of(st.none(), NUMBER)),
@@ -149,7 +166,9 @@ class Generator:
             st.builds(ReplaceParam, NUMBER, self.param),
         ]
         if not self.deep:
-            choices.append(st.builds(SetLr, NUMBER, st.sampled_from([0.01, 0.1, 0.0]), st.sampled_from(["fp32", "fp64"])))
+            choices.append(
+                st.builds(SetLr, NUMBER, st.sampled_from([0.01, 0.1, 0.0]), st.sampled_from(["fp32", "fp64"]))
+            )
         return st.one_of(choices)
 
 
@@ -178,6 +197,7 @@ def programs(draw: st.DrawFn) -> Program:
     if threads == 2:
         more = [Param(LONG, dtypes[0]), Param((3,), dtypes[-1], times=210)]
         groups.append(Group((more[draw(st.sampled_from([0, 0, 0, 1]))],)))
-    steps = st.one_of(make.step, make.step, make.between)
-    operations = (draw(make.step), *draw(st.lists(steps, max_size=10)), draw(make.step))
+    step, between = make.step, make.between
+    some = st.booleans().flatmap(lambda steps: step if steps else between)
+    operations = (draw(step), *draw(st.lists(some, max_size=20)), draw(step))
     return Program(case.id, backend, tuple(groups), operations, threads, flags)

@@ -102,7 +102,8 @@ class Twin:
     def step(self, grads: list[Tensor | None]) -> None:
         for member, grad in zip(self.members, grads, strict=True):
             dtype = compute_dtype(member.dtype)
-            member.shadow.grad = None if grad is None else grad.to(dtype).contiguous()
+            grad = None if grad is None else grad.to(dtype)
+            member.shadow.grad = grad.contiguous() if grad is not None and grad.layout == torch.strided else grad
             if grad is not None:
                 member.dropped.clear()
                 self._begin(member)
