@@ -3,6 +3,7 @@
 #   TORCH_INDEX  where else to look for it; the default serves builds without the several GB of CUDA packages
 #   PYTHON       the interpreter the environment is made with (3.10 or later)
 #   PYTEST_ARGS  e.g. PYTEST_ARGS="-n 0 -k radam"
+#   CASES, SEED  how many random programs, and which
 #   FASTOPT_CUDA, FASTOPT_CUDA_ARCHS, FASTOPT_CUDA_MIXES, CUDA_HOME, CXX, MAX_JOBS
 #                what is built, and with what: see setup.py. By default kernels for the GPUs present, none if there is
 #                none; for the tests kernels for sm_90 wherever there is nvcc, and the emulator of a device
@@ -11,6 +12,9 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
+SEED ?= 1
+fuzz: CASES ?= 10000
+sanitize: CASES ?= 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,19 +37,35 @@ test $(BUILT_FOR_TESTS): export FASTOPT_CUDA_MIXES ?= f32;bf16_f32;bf16
 aot $(BUILT_AOT): export FASTOPT_AOT := 1
 aot $(BUILT_AOT): export FASTOPT_CUDA := 1
 aot $(BUILT_AOT): export FASTOPT_CUDA_ARCHS := 80;90;100+PTX
+sanitize: export FASTOPT_SANITIZE := address,undefined
+sanitize: export FASTOPT_EMULATOR := 1
+sanitize: export FASTOPT_CUDA := 0
 
-.PHONY: help demo test aot gpu check lint bench build wheel clean
+.PHONY: help demo test fuzz sanitize aot gpu check lint bench build wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BUILT) $(STAMP)-demo ## train real models with torch.optim and with fastopt, side by side
 	@$(BIN)/python -m fastopt demo
 
 test: $(BUILT_FOR_TESTS) $(STAMP)-test ## all tests; with nvcc, of the CUDA kernels' code too (no GPU needed)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+fuzz: $(BUILT_FOR_TESTS) $(STAMP)-test ## CASES random programs, each compared with torch.optim after every step
+	@PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
+
+# A package of its own, so that no other build is touched, with the widest vectors that this machine has and with none.
+# Leaks are left out: Python and torch keep what they make until the process ends. tests/test_memory.py looks for growth.
+sanitize: $(STAMP)-test ## CASES random programs with AddressSanitizer and UBSan in the C++, device kernels included
+	@$(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	@cd tests && for isa in "" baseline; do \
+		FASTOPT_ISA=$$isa PYTHONPATH=../build/sanitized:. \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		../$(BIN)/python -m fuzz --sanitized --cases $(CASES) --seed $(SEED) || exit 1; done
 
 aot: $(BUILT_AOT) $(STAMP)-test ## compile and check the GPU kernels for every architecture and dtype (needs nvcc)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py tests/test_cuda_interpreted.py

@@ -22,7 +22,7 @@ from fastopt.backends import native, reference
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import TritonPlan
 from fastopt.chain import Chain
-from fastopt.plan import PythonPlan, check_state, missing_state
+from fastopt.plan import PythonPlan, check_state, missing_state, widened_counters
 from fastopt.rule import Rule, Setting, Settings
 
 TorchStep = Callable[[Optimizer], object]
@@ -72,11 +72,10 @@ class Engine:
         each group whether its slow weights synchronise at this step, or what its device counts by.
         """
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
-        scaled = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
-        if scaled.found_inf is not None and not self._defers():
-            if scaled.found_inf.item():
-                return False
-            scaled = Amp(scaled.scale)
+        given = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
+        scaled = self._settled(given)
+        if scaled is None:
+            return False
         if self._torch and self._outdated(optimizer):
             self.prepare(optimizer)
         for attempt in range(3):
@@ -88,6 +87,9 @@ class Engine:
                 )
             self.prepare(optimizer)
             sync = self._decided(sync)
+        scaled = self._settled(scaled)  # again: what was prepared meanwhile may not be the kernels' alone
+        if scaled is None:
+            return False
         if scaled.scale is not None:
             self._unscale(optimizer, scaled.scale)
         if self._torch:
@@ -97,6 +99,12 @@ class Engine:
         if self._fresh:
             self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
         return True
+
+    def _settled(self, scaled: Amp) -> Amp | None:
+        """`scaled` without an overflow that cannot be left to the kernels; None if there was one."""
+        if scaled.found_inf is None or self._defers():
+            return scaled
+        return None if scaled.found_inf.item() else Amp(scaled.scale)
 
     def _defers(self) -> bool:
         """Whether all that an overflow must leave alone is in the hands of kernels that look for it themselves."""
@@ -222,7 +230,9 @@ class Engine:
                 check_state(setting, p, own, f"parameter {k} of group {i}")
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-                if p.grad is not None and (new := missing_state(setting, p, own)):
+                pulled = self.rule.slow is not None and self.rule.slow.key in own
+                needs = missing_state if p.grad is not None or pulled else widened_counters
+                if new := needs(setting, p, own):
                     pending.append((p, new))
         for p, new in pending:
             optimizer.state[p].update(new)
@@ -240,7 +250,8 @@ class Engine:
         grads = [p.grad for p in params if p.grad is not None]
         if any(grad.layout == torch.strided and routing._overlaps_itself(grad) for grad in grads):
             raise RuntimeError(
-                "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
+                "a scaled gradient whose elements share memory cannot be unscaled in place: "
+                "give p.grad memory of its own"
             )
         with torch.no_grad():
             for grad in grads:

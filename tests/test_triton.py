@@ -198,6 +198,13 @@ def test_every_element_is_in_one_item() -> None:
         assert bucket.programs == len(bucket.items)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [None, (1, 8)])
+def test_every_thread_has_elements_of_its_own(dtype: torch.dtype, gradient: tuple[int, ...] | None) -> None:
+    tile = triton.TILE
+    assert tile.elements(entry(dtype=dtype, gradient=gradient).key) >= 32 * tile.warps
+
+
 def test_large_tensors_come_first_and_empty_ones_have_no_items() -> None:
     items = item_map(torch.tensor([1, 0, 3]), torch.tensor([2, 0, 1]))
     assert items.tolist() == [[2, 0], [2, 1], [2, 2], [0, 0]]
@@ -361,3 +368,65 @@ def test_equal_settings_share_a_row_across_groups(monkeypatch: pytest.MonkeyPatc
     ((_, _, _, _, _, rows, _, _),) = launched
     # The first parameter is a step ahead; the others have four settings.
     assert sorted(set(rows.tensor[rows.at : rows.at + 41].tolist())) == [0, 1, 2, 3, 4]
+
+
+def _another_state(p: torch.nn.Parameter, optimizer: Any) -> None:
+    optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
+
+
+def _another_kind(t: torch.Tensor) -> None:
+    t.data = t.data.view(torch.float16)
+
+
+CHANGES: dict[str, Any] = {
+    "state dict": _another_state,
+    "state tensor": lambda p, o: o.state[p].update(exp_avg=o.state[p]["exp_avg"].clone()),
+    "state moved": lambda p, o: o.state[p]["exp_avg"].set_(o.state[p]["exp_avg"].clone()),
+    "state dtype": lambda p, o: _another_kind(o.state[p]["exp_avg"]),
+    "state strides": lambda p, o: o.state[p]["exp_avg"].t_(),
+    "state gone": lambda p, o: o.state[p].pop("exp_avg"),
+    "state of another": lambda p, o: o.state.update({torch.zeros(1): {}}),
+    "counter": lambda p, o: o.state[p].update(step=torch.tensor(1.0)),
+    "counter dtype": lambda p, o: setattr(o.state[p]["step"], "data", o.state[p]["step"].data.view(torch.int32)),
+    "parameter moved": lambda p, o: setattr(p, "data", p.data.clone()),
+    "parameter dtype": lambda p, o: _another_kind(p),
+    "parameter strides": lambda p, o: setattr(p, "data", p.data.t()),
+    "parameter shape": lambda p, o: setattr(p, "data", p.data[:1]),
+    "gradient dtype": lambda p, o: _another_kind(p.grad),
+    "gradient strides": lambda p, o: setattr(p, "grad", p.grad.t().contiguous().t()),
+    "gradient shape": lambda p, o: setattr(p.grad, "data", p.grad.data[:1]),
+    "gradient released": lambda p, o: p.grad.untyped_storage().resize_(0),
+    "gradient negated": lambda p, o: setattr(p, "grad", torch._neg_view(p.grad)),
+    "gradient sparse": lambda p, o: setattr(p, "grad", p.grad.to_sparse()),
+    "group": lambda p, o: o.add_param_group({"params": [torch.zeros(1)]}),
+    "parameter left": lambda p, o: o.param_groups[0]["params"].pop(),
+    "state layout": lambda p, o: o.param_groups[0].update(amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_tables_that_no_longer_fit_are_noticed(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
+    monkeypatch.setattr(triton.TritonPlan, "_start", lambda *args: None)
+    params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = fastopt.Adam(params, backend="triton")
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    plan = optimizer.engine()._plans["triton"]
+    assert plan.gather(optimizer.param_groups, optimizer.state, None)
+    with torch.no_grad():
+        change(params[1], optimizer)
+    assert not plan.gather(optimizer.param_groups, optimizer.state, None)
+
+
+def test_a_hyper_parameter_changed_in_place_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings are looked up again where a value could have changed without being another object."""
+    lr = torch.tensor(0.5)
+    optimizer, launched = steps_without_kernels(monkeypatch, 2, lr=lr)
+    for step, value in ((2, 0.5), (3, 0.25)):
+        lr.fill_(value)
+        optimizer.step()
+        coefficients = launched[-1][6]
+        step_size = coefficients.tensor[coefficients.at + 7]  # scale, decay, and last of Adam's own six
+        assert step_size == torch.tensor(value / (1 - 0.9**step))

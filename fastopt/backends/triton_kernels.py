@@ -107,25 +107,31 @@ def gradient(at, mask, scale, T):
     return g
 
 
+def tile(at, entry, start, offsets, n, scale, T, RANK):
+    """The gradients of a tile as float64, zero from n on."""
+    mask = offsets < n
+    g = gradient(elements(at, entry, 1, start, offsets, RANK), mask, scale, T)
+    return tl.where(mask, g, 0).to(tl.float64)
+
+
 def slice_sum(at, entry, start, n, scale, T, ALIGNED, RANK, BLOCK):
-    """The sum of n gradients as a pair (sum, error): the same, rounded, in whatever order they are added."""
+    """The sum of n gradients as a pair (sum, error): the same, rounded, in whatever order they are added.
+
+    The last elements, fewer than 16, come first: every warp reads them, and the reduction over warps at the end makes
+    sure that all have, before one of them writes an unscaled gradient back.
+    """
     hi = tl.zeros([BLOCK], tl.float64)
     lo = tl.zeros([BLOCK], tl.float64)
     whole = n
     if ALIGNED:
         whole = tl.multiple_of(n // 16 * 16, 16)
+        last = tile(at, entry, start, whole + tl.arange(0, 16), n, scale, T, RANK)
+        x, y = tl.reduce((last, tl.zeros([16], tl.float64)), 0, add_exactly)
     for i in range(0, whole, BLOCK):
-        offsets = i + tl.arange(0, BLOCK)
-        mask = offsets < whole
-        g = gradient(elements(at, entry, 1, start, offsets, RANK), mask, scale, T)
-        hi, lo = add_exactly(hi, lo, tl.where(mask, g, 0).to(tl.float64), 0.0)
+        g = tile(at, entry, start, i + tl.arange(0, BLOCK), whole, scale, T, RANK)
+        hi, lo = add_exactly(hi, lo, g, 0.0)
     total, error = tl.reduce((hi, lo), 0, add_exactly)
     if ALIGNED:
-        offsets = whole + tl.arange(0, 16)
-        mask = offsets < n
-        g = gradient(elements(at, entry, 1, start, offsets, RANK), mask, scale, T)
-        g = tl.where(mask, g, 0).to(tl.float64)
-        x, y = tl.reduce((g, tl.zeros([16], tl.float64)), 0, add_exactly)
         total, error = add_exactly(total, error, x, y)
     return total, error
 

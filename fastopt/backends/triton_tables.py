@@ -21,7 +21,10 @@ from fastopt.backends import triton_kernels as kernels
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a launch: elements per work item, elements that a program loads at a time, and its warps."""
+    """The shape of a launch: elements per work item, elements that a program loads at a time, and its warps.
+
+    A thread must have an element of its own: of copies, one could be read after another was updated and written.
+    """
 
     chunk: int = 4096
     block: int = 1024

@@ -55,8 +55,10 @@ def batch(count: int, seed: int, tally: Tally) -> None:
 def sanitized() -> bool:
     """Whether the extension was compiled with AddressSanitizer, and its runtime is here."""
     module = native.extension()
-    assert module is not None and module.__file__
-    return b"__asan_report_load" in Path(module.__file__).read_bytes() and hasattr(ctypes.CDLL(None), "__asan_init")
+    assert module is not None
+    return b"__asan_report_load" in Path(str(module.__file__)).read_bytes() and hasattr(
+        ctypes.CDLL(None), "__asan_init"
+    )
 
 
 def main() -> int:

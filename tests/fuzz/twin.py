@@ -107,6 +107,8 @@ class Twin:
             if grad is not None:
                 member.dropped.clear()
                 self._begin(member)
+                if compute_dtype(member.dtype) != member.dtype:  # a counter goes on in float32
+                    member.stored.pop("mu_product", None)
         # Slow weights begin with a parameter's first gradient, and until then nothing pulls it.
         waiting = [m for m in self.members if m.shadow.grad is None and m.shadow not in self._slow]
         values = [m.shadow.detach().clone() for m in waiting]
@@ -153,6 +155,16 @@ class Twin:
                 group["params"][index] = own[index].shadow
                 return
             index -= len(own)
+
+    def cast(self) -> None:
+        """What torch's load_state_dict does: everything but `step` takes the parameter's dtype."""
+        for member in self.members:
+            member.stored.clear()
+            state = self.inner.state.get(member.shadow, {})
+            if "mu_product" in state:
+                state["mu_product"] = state["mu_product"].to(compute_dtype(member.dtype))
+                member.stored["mu_product"] = member.dtype
+        self.round()
 
     def drop(self, member: Member) -> None:
         self.inner.state.pop(member.shadow, None)
