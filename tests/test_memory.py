@@ -18,12 +18,13 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 
+import pytest
 import torch
-from cases import Case, by_id, parametrize
+from cases import Case, backends, by_id
 
-CASES = by_id("sgd-momentum", "adam-amsgrad", "nadam", "ranger", "lookahead-adam")
 STEPS = 1100  # more than any cache holds settings (1,024)
-BLOCK = 16  # bytes: no allocation is smaller, so a block lost at every step shows
+CHUNK = 32  # bytes: the smallest that the C library hands out, so one lost at every step shows
+OBJECT = 16  # bytes: the same of Python
 FRAGMENTS = 1 << 20  # bytes of resident memory that the system's allocator may take and keep without a leak
 
 
@@ -98,7 +99,8 @@ def lowest(run: Iterator[int]) -> dict[str, int]:
 
 def grown(run: Iterator[int], allowed: dict[str, int]) -> list[str]:
     """What grows by more than is allowed over `STEPS` steps."""
-    lowest(run)  # caches fill
+    for _ in range(2):  # caches fill, and the interpreter's pools of free objects
+        lowest(run)
     first, second = lowest(run), lowest(run)
     for key in allowed:
         print(f"{key}: {first[key]:,} and then {second[key]:,}, {(second[key] - first[key]) / STEPS:+.2f} a step")
@@ -110,14 +112,15 @@ def main(name: str, backend: str) -> None:
     run = steps(by_id(name)[0], backend)
     next(run)
     gc.freeze()  # what was imported is not looked through again
-    found = grown(run, {"heap": BLOCK * STEPS, "resident": FRAGMENTS, "tensors": 0})
+    found = grown(run, {"heap": CHUNK * STEPS, "resident": FRAGMENTS, "tensors": 0})
     tracemalloc.start()  # after the others: its records are on the heap
-    found += grown(run, {"python": BLOCK * STEPS})
+    found += grown(run, {"python": OBJECT * STEPS})
     assert not found, f"grows: {', '.join(found)}"
 
 
-@parametrize(CASES, ("fp32",), ["native", "emulated"])
-def test_memory_does_not_grow(case: Case, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("backend", backends(["native", "emulated"]))
+@pytest.mark.parametrize("case", by_id("nadam", "lookahead-adam"), ids=lambda c: c.id)
+def test_memory_does_not_grow(case: Case, backend: str) -> None:
     here = pathlib.Path(__file__).resolve()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent)))}
     result = subprocess.run(
