@@ -68,7 +68,8 @@ sanitize: $(STAMP)-test ## CASES random programs with AddressSanitizer and UBSan
 		../$(BIN)/python -m fuzz --sanitized --cases $(CASES) --seed $(SEED) || exit 1; done
 
 aot: $(BUILT_AOT) $(STAMP)-test ## compile and check the GPU kernels for every architecture and dtype (needs nvcc)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py tests/test_cuda_interpreted.py
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py tests/test_cuda_interpreted.py \
+		tests/test_triton_compiled.py
 
 # No environment is made and nothing is fetched: such a machine has its own torch, Triton, nvcc, ninja and pytest.
 gpu: ## on a machine with a GPU: build, test and measure there, within nine minutes, into the folder OUT

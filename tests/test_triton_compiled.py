@@ -193,7 +193,9 @@ def check_accesses(chain: Chain, found: collections.Counter[str], b: triton_tabl
     assert total(found, r"ld\.global.*") == total(found, "ld" + wide) + total(found, "ld" + narrow)
 
 
-def check_occupancy(kernel: Any, b: triton_tables.Bucket, streams: list[torch.dtype], tmp_path: Path) -> None:
+def check_occupancy(
+    kernel: Any, b: triton_tables.Bucket, streams: list[torch.dtype], capability: int, tmp_path: Path
+) -> None:
     """No spills, and enough loads in flight on an SM.
 
     An SM has 65,536 registers and holds at most 2,048 threads. CUB keeps 48 KB in flight on an H200
@@ -201,8 +203,10 @@ def check_occupancy(kernel: Any, b: triton_tables.Bucket, streams: list[torch.dt
     """
     used = resources(kernel, tmp_path)
     assert used["LOCAL"] == 0
-    # The assembler of Triton 3.9 keeps one or two numbers of four chains on the stack, to fit another block on an SM.
-    assert used["STACK"] <= (0 if importlib.metadata.version("triton").startswith("3.6.") else 8)
+    # To fit another block on an SM, the assembler keeps one address of a few chains on the stack, written and read once
+    # in the kernel (one STL.64, one LDL.64). Which chains differs by version and target: none here.
+    none = capability == 90 and importlib.metadata.version("triton").startswith("3.6.")
+    assert used["STACK"] <= (0 if none else 8)
     threads = 32 * b.tile.warps
     blocks = min(65_536 // (-(-used["REG"] // 8) * 8 * threads), 2048 // threads, 32)
     in_flight = blocks * b.tile.elements(b.key) * sum(d.itemsize for d in streams)
@@ -256,7 +260,8 @@ def test_chain(chain: Chain, variant: Variant, target: Target, tmp_path: Path) -
     check_copies(kernel, variant)
     if aligned:
         check_accesses(chain, found, b, variant)
-        check_occupancy(kernel, b, [variant.dtypes[0]] * 2 + [variant.dtypes[1]] * len(chain.state), tmp_path)
+        streams = [variant.dtypes[0]] * 2 + [variant.dtypes[1]] * len(chain.state)
+        check_occupancy(kernel, b, streams, variant.capability, tmp_path)
     else:
         assert resources(kernel, tmp_path)["LOCAL"] == 0
 
