@@ -70,11 +70,13 @@ Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
 size_t DevicePlan::add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters) {
   const Mix mix = mix_of(entry, aligned, *driver_);
   const bool counted = counters != nullptr;
-  auto bucket = std::find_if(buckets_.begin(), buckets_.end(),
-                             [&](const Bucket& b) { return b.mix == mix && b.counted == counted; });
+  auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&](const Bucket& b) {
+    return b.mix == mix && b.slots == entry.slots && b.counted == counted;
+  });
   if (bucket == buckets_.end()) {
     bucket = buckets_.emplace(buckets_.end());
     bucket->mix = mix;
+    bucket->slots = entry.slots;
     bucket->counted = counted;
   }
   if (counted) bucket->counters.push_back(*counters);

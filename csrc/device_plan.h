@@ -1,8 +1,9 @@
 // The work of one device: tables and items that lie there, and every step's launches.
 //
-// Tensors are sorted into buckets by mix, the largest first. A step names for each tensor its gradient and coefficient
-// row; launch() packs them into kernel parameters, one launch for each bucket and chain while they fit. Host code
-// only, of no device in particular: the driver runs the kernels, and memory comes from the `Memory` it is given.
+// Tensors are sorted into buckets by mix and number of states, the largest first. A step names for each tensor its
+// gradient and coefficient row; launch() packs them into kernel parameters, one launch for each bucket and chain while
+// they fit. Host code only, of no device in particular: the driver runs the kernels, and memory comes from the `Memory`
+// it is given.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,7 @@ struct DeviceMemory {
 struct DeviceEntry {
   DeviceTensor tensor;   // its `parts` and `strides` are filled in here
   const Layout* layout;  // null: dense
+  int8_t slots;          // how many states
 };
 
 // The mix whose kernels take a tensor, given which the driver has.
@@ -58,6 +60,7 @@ class DevicePlan {
   };
   struct Bucket {
     Mix mix;
+    int8_t slots;  // of each tensor: the slow weights are the last
     bool counted;  // the counters are on the device, and the rows
     bool centralise = false;
     std::vector<DeviceEntry> entries;

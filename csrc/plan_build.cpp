@@ -144,6 +144,7 @@ void Plan::plan_device(Entry& entry) {
     entry.aligned = entry.aligned && is_aligned(tensor.s[k]);
   }
   planned.layout = entry.layout.get();
+  planned.slots = entry.slot_count;
 
   const int index = emulate_ ? 0 : p->device().index();
   size_t k = 0;

@@ -59,6 +59,12 @@ FOUND = {
     "a counter is missing where there is no gradient": kept(
         STEP, DropState(0, "key"), Step((None,)), STEP, case="lookahead-adamw"
     ),
+    "groups with and without momentum, pulled back without gradients": lambda backend: Program(
+        "lookahead-sgd",
+        backend,
+        (Group((Param((7,)),), (("momentum", 0.5),)), Group((Param((7,)),))),
+        (STEP, STEP, Step((None,)), STEP),
+    ),
     "an overflow at the first step of a momentum buffer": kept(
         Step((None,)), Step((Grad(),), amp=(1024.0, True)), STEP, case="sgd-dampening", fused=True
     ),
