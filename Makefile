@@ -4,6 +4,8 @@
 #   PYTHON       the interpreter the environment is made with (3.10 or later)
 #   PYTEST_ARGS  e.g. PYTEST_ARGS="-n 0 -k radam"
 #   CASES, SEED  how many random programs, and which
+#   BASE         the commit to race against
+#   TABLE        where `make contract` writes, if not to docs/contract.md
 #   FASTOPT_CUDA, FASTOPT_CUDA_ARCHS, FASTOPT_CUDA_MIXES, CUDA_HOME, CXX, MAX_JOBS
 #                what is built, and with what: see setup.py. By default kernels for the GPUs present, none if there is
 #                none; for the tests kernels for sm_90 wherever there is nvcc, and the emulator of a device
@@ -13,6 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 SEED ?= 1
+TABLE ?= docs/contract.md
 fuzz: CASES ?= 10000
 sanitize: CASES ?= 1000
 
@@ -30,10 +33,10 @@ export FASTOPT_EXT := 1
 
 # Each build takes the objects of the others that are the same; only what differs is compiled, and the library linked.
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-test $(BUILT_FOR_TESTS) aot $(BUILT_AOT): export FASTOPT_EMULATOR := 1
-test $(BUILT_FOR_TESTS): export FASTOPT_CUDA ?= $(if $(NVCC),1,0)
-test $(BUILT_FOR_TESTS): export FASTOPT_CUDA_ARCHS ?= 90
-test $(BUILT_FOR_TESTS): export FASTOPT_CUDA_MIXES ?= f32;bf16_f32;bf16
+test contract $(BUILT_FOR_TESTS) aot $(BUILT_AOT): export FASTOPT_EMULATOR := 1
+test contract $(BUILT_FOR_TESTS): export FASTOPT_CUDA ?= $(if $(NVCC),1,0)
+test contract $(BUILT_FOR_TESTS): export FASTOPT_CUDA_ARCHS ?= 90
+test contract $(BUILT_FOR_TESTS): export FASTOPT_CUDA_MIXES ?= f32;bf16_f32;bf16
 aot $(BUILT_AOT): export FASTOPT_AOT := 1
 aot $(BUILT_AOT): export FASTOPT_CUDA := 1
 aot $(BUILT_AOT): export FASTOPT_CUDA_ARCHS := 80;90;100+PTX
@@ -41,7 +44,7 @@ sanitize: export FASTOPT_SANITIZE := address,undefined
 sanitize: export FASTOPT_EMULATOR := 1
 sanitize: export FASTOPT_CUDA := 0
 
-.PHONY: help demo test fuzz sanitize aot gpu check lint bench build wheel clean
+.PHONY: help smoke demo test contract fuzz sanitize aot gpu check lint docs bench build wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -53,6 +56,9 @@ demo: $(BUILT) $(STAMP)-demo ## train real models with torch.optim and with fast
 
 test: $(BUILT_FOR_TESTS) $(STAMP)-test ## all tests; with nvcc, of the CUDA kernels' code too (no GPU needed)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+contract: $(BUILT_FOR_TESTS) $(STAMP)-test ## the tests of what torch.optim promises; what passed, as a table in TABLE
+	@$(BIN)/python -m pytest -q -m contract --contract-table "$(TABLE)" $(PYTEST_ARGS)
 
 fuzz: $(BUILT_FOR_TESTS) $(STAMP)-test ## CASES random programs, each compared with torch.optim after every step
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
@@ -76,7 +82,7 @@ gpu: ## on a machine with a GPU: build, test and measure there, within nine minu
 	@test -n "$(OUT)" || { echo "make gpu OUT=folder: where shall the results go?"; exit 2; }
 	@$(PYTHON) -m bench.gpu_run "$(OUT)"
 
-check: lint test ## what continuous integration runs: style, types, tests
+check: lint test smoke ## what continuous integration runs: style, types, tests, and a look at the speed
 
 lint: $(STAMP)-dev ## style and types only
 	@$(BIN)/ruff check --quiet --output-format concise .
@@ -84,8 +90,17 @@ lint: $(STAMP)-dev ## style and types only
 	@$(BIN)/mypy --strict fastopt
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-bench: $(BUILT) $(STAMP)-test ## the speed tables on this machine's CPU
+# Not quietly: mkdocs would drop warnings before its configuration makes errors of them.
+docs: $(STAMP)-docs ## the documentation as a site in build/site; whatever mkdocs warns of is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+bench: $(BUILT) $(STAMP)-test $(STAMP)-peers ## the speed tables on this machine's CPU
 	@$(BIN)/python -m bench cpu
+
+# Two minutes. It says what is slower and fails for nothing but an error: a time is for a person to judge.
+smoke: $(STAMP)-test ## race the kernels against those of the commit BASE
+	@git rev-parse --quiet --verify "$(BASE)^{commit}" >/dev/null 2>&1 || { echo "no commit $(BASE) here: no comparison"; exit 0; } \
+		&& $(BIN)/python -m bench compare --quick --report-only $(BASE)
 
 build: $(BUILT) $(STAMP)-dev ## environment for development, extension compiled in place
 
@@ -109,6 +124,12 @@ $(BUILT) $(BUILT_FOR_TESTS) $(BUILT_AOT): $(HAVE_TORCH) setup.py $(CXX_SOURCES)
 	@echo "extension: compiling what has changed"
 	@rm -f $(BUILT)*
 	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# One by one, without dependencies: some would bring another torch, and none has to be there.
+$(STAMP)-peers: bench/peers.txt $(STAMP)-test
+	@echo "environment: other people's optimizers, to race against"
+	@grep -v '^#' $< | xargs -n 1 $(PIP) install --no-deps || echo "some are not to be had; the tables do without them"
 	@touch $@
 
 # torch is named again so that no dependency can replace it by another build. The extension is left to the rule above.

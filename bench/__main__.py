@@ -1,5 +1,5 @@
-"""`cpu` measures on this machine's CPU, `gpu` on its GPU; `report` turns the records into the README's tables and a
-plot."""
+"""`cpu` measures on this machine's CPU, `gpu` on its GPU, `compare` this tree against another commit; `report` turns
+the records into the tables and plots of README and docs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu
+from bench import commits, gpu
 from bench.cpu import Job, UnableError, jobs
+from bench.cpu_tables import markdown
 from bench.gpu_tables import gpu_markdown
 from bench.records import ROOT, Environment, Row, append
-from bench.report import write, write_gpu
-from bench.tables import headline, markdown
+from bench.report import pages, write
+from bench.tables import headline
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="cpu | gpu | report")
+    commands = parser.add_subparsers(required=True, metavar="cpu | gpu | compare | report")
     cpu = commands.add_parser("cpu", help="race on the CPU; print the tables and append to the CSV")
     cpu.add_argument(
         "--quick",
@@ -57,11 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu.add_argument("--after", metavar="CASE", help="go on after this case: how a run restarts itself")
     on_gpu.add_argument("--failed", action="append", default=[], metavar="CASE", help="failed before the restart")
     on_gpu.set_defaults(command=_gpu)
-    report = commands.add_parser("report", help="write the tables of the CSV into the README, and the plot")
+    compared = commands.add_parser("compare", help="race this tree against another commit; 1 if this one is slower")
+    compared.add_argument("revision", nargs="?", default="HEAD", help="a commit, as git spells it (default: HEAD)")
+    compared.add_argument("--quick", action="store_true", help="a smoke of two minutes, most of it building")
+    compared.add_argument("--report-only", action="store_true", help="say what is slower, and end with 0 all the same")
+    compared.add_argument("--threads", type=int, default=2, help="threads that each may use (default: 2)")
+    compared.set_defaults(command=_compare)
+    report = commands.add_parser("report", help="write the tables of the CSVs into README and docs, and the plots")
     report.add_argument("--csv", type=Path, default=RESULTS / "cpu.csv")
     report.add_argument("--gpu-csv", type=Path, default=RESULTS / "gpu.csv")
-    report.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    report.add_argument("--plot", type=Path, default=RESULTS / "cpu.png")
+    report.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
+    report.add_argument("--plots", type=Path, default=RESULTS, help="the folder of the plots (default: bench/results)")
     report.set_defaults(command=_report)
     return parser
 
@@ -167,6 +174,17 @@ def _run(
     return rows, failed
 
 
+def _compare(options: argparse.Namespace) -> int:
+    _warn_of_company()
+    try:
+        outcomes = commits.compare(options.revision, options.quick, options.threads)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(commits.markdown(outcomes, options.revision))
+    return int(any(outcome.slower for outcome in outcomes) and not options.report_only)
+
+
 def _report(options: argparse.Namespace) -> int:
     if not options.csv.exists():
         print(
@@ -174,9 +192,8 @@ def _report(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    write(options.csv, options.readme, options.plot)
-    write_gpu(options.gpu_csv, options.readme)
-    print(f"wrote the tables into {options.readme} and the plot {options.plot}")
+    for path in write(options.csv, options.gpu_csv, pages(options.root), options.plots):
+        print(f"wrote {path}")
     return 0
 
 

@@ -7,20 +7,19 @@ also against fastopt itself on simpler work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Measure = Literal["speedup", "cost", "rate", "share", "time"]
-ADAM_LIKE = ("Adam", "RAdam", "NAdam", "Adamax")
+from bench.models import MODELS, scaled
+from bench.rules import MIXES, RULES, Kind
 
-# Tensors of the parameter's size that a step must at least read and write; Ranger (k = 6) touches its slow weights
-# twice every sixth step.
-STREAMS = {**dict.fromkeys(ADAM_LIKE, 7.0), "RMSprop": 5.0, "Ranger": 7.0 + 2.0 / 6.0}
+Measure = Literal["speedup", "cost", "rate", "share", "time"]
+Family = Literal["fused", "torch", "peers", "everyone", "same", "fast", "compiled", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,9 @@ class Workload:
     settings in turn. `absent` is the share of tensors without a gradient, drawn anew each step. `gradients`: "fresh"
     allocates every gradient anew each step, "rewritten" refills two alternating buffers behind new tensor objects (for
     sizes at which allocation would be most of the run), "shared" hands all contenders the same memory behind new tensor
-    objects (for sizes at which the copies would not fit).
+    objects (for sizes at which the copies would not fit, and only to those that leave gradients as they are: optimi
+    does not). `misaligned` tensors begin one element after a multiple of 16
+    bytes, as views into a flat buffer do.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -40,6 +41,7 @@ class Workload:
     absent: float = 0.0
     gradients: Literal["fresh", "rewritten", "shared"] = "fresh"
     dtype: torch.dtype = torch.float32
+    misaligned: bool = False
 
     @property
     def numel(self) -> int:
@@ -60,10 +62,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """fastopt itself on other work, raced beside the case; `rule` and `workload` where they differ from the case's."""
+    """fastopt itself on other work, raced beside the case; `kind` and `workload` where they differ from the case's."""
 
     label: str
-    rule: str | None = None
+    kind: Kind | None = None
     workload: Workload | None = None
 
 
@@ -82,24 +84,33 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """One race. `seconds` bounds its timed rounds; a round is `steps_per_round` steps of each contender, one contender
-    after the other; `sittings` rebuilds all tensors that many times, so that no contender keeps a lucky placement in
-    memory."""
+    """One race of the optimizer `kind`. `mix` says how parameters and states are stored; gradients are stored as
+    parameters are. `seconds` bounds the timed rounds; a round is `steps_per_round` steps of each contender, one
+    contender after the other; `sittings` rebuilds all tensors that many times, so that no contender keeps a lucky
+    placement in memory. `studied`: what study.py measures of each contender is added. `x` is where the case lies on a
+    curve."""
 
     name: str
     table: str
     size: str
-    rule: str
     workload: Workload
-    rivals: Literal["fused", "torch", "peers", "same", "gpu", "compiled", "none"]
+    rivals: Family
+    kind: Kind = RULES["Adam"]
+    mix: str = "fp32"
     yardstick: Yardstick | None = None
     goals: tuple[Goal, ...] = ()
-    hyper: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 6.0
     warm_up: int = 4
     least_rounds: int = 8
+    most_rounds: int = 300
     steps_per_round: int = 1
     sittings: int = 1
+    studied: bool = False
+    x: int = 0
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        return self.kind.hyper_for(self.mix)
 
     def goal(self, measure: Measure) -> Goal | None:
         return next((goal for goal in self.goals if goal.measure == measure), None)
@@ -108,6 +119,11 @@ class Case:
     def memory_bound(self) -> bool:
         """Large enough for bytes per second to be the measure: far beyond any cache."""
         return self.workload.numel >= 10_000_000
+
+    @property
+    def least_bytes(self) -> float:
+        """What a step must move."""
+        return self.kind.bytes_per_element(self.mix) * self.workload.numel
 
 
 def tensors(count: int, numel: int) -> tuple[tuple[int, ...], ...]:
@@ -118,43 +134,45 @@ TINY = Workload(tensors(1000, 64))
 SMALL = Workload(tensors(1000, 1000))
 MEDIUM = Workload(tensors(1000, 50_000))
 HUGE = Workload(tensors(1, 50_000_000), gradients="rewritten")
-
-# Ranger's eps of 1e-5 would compare eps conventions, not speed: optimi divides it by the bias correction, ranger.py
-# does not.
-RANGER = {"lr": 1e-3, "betas": (0.95, 0.999), "eps": 1e-8, "k": 6, "alpha": 0.5}
+MANY = Workload(tensors(10_000, 64), gradients="shared")
+LARGE = Workload(tensors(20, 5_000_000), gradients="shared")
 
 
 def _adam(size: str, workload: Workload, faster: float, seconds: float) -> Case:
     goals = (Goal("speedup", "≥", faster),)
-    return Case(f"adam {size}", "adam", size, "Adam", workload, "fused", goals=goals, seconds=seconds, sittings=2)
+    return Case(f"adam {size}", "adam", size, workload, "fused", goals=goals, seconds=seconds, sittings=2)
 
 
-def _rule(rule: str) -> list[Case]:
+def _rule(label: str, rivals: Family = "torch") -> list[Case]:
     """Against torch's for-loop and foreach; at 50 million parameters, also as fast per byte as fastopt's own Adam."""
-    own_adam = Yardstick("fastopt Adam", rule="Adam")
+    kind = RULES[label]
+    own_adam = Yardstick("fastopt Adam", kind=RULES["Adam"])
     faster, per_byte = Goal("speedup", "≥", 4.5), Goal("rate", "≥", 1.0)
-    small, large = "1000x64", "1x50,000,000"
-    on_tiny = Case(f"{rule.lower()} {small}", "rules", small, rule, TINY, "torch", None, (Goal("speedup", "≥", 50),))
-    on_huge = Case(f"{rule.lower()} {large}", "rules", large, rule, HUGE, "torch", own_adam, (faster, per_byte))
-    return [replace(on_tiny, seconds=5), replace(on_huge, seconds=16, warm_up=2)]
 
+    def case(size: str, workload: Workload, *goals: Goal, **changes: Any) -> Case:
+        name = f"{label.lower()} {size}"
+        return Case(
+            name, "rules", size, workload, rivals, kind, goals=goals, steps_per_round=kind.cycle, warm_up=2, **changes
+        )
 
-def _ranger() -> list[Case]:
-    """Lookahead pulls back every k steps: a round is a whole cycle."""
-    on_tiny, on_huge = (replace(case, rivals="peers", hyper=RANGER, steps_per_round=6) for case in _rule("Ranger"))
-    return [replace(on_tiny, seconds=8, warm_up=2), replace(on_huge, seconds=50, warm_up=1, least_rounds=4)]
+    return [
+        case("1000x64", TINY, Goal("speedup", "≥", 50), seconds=5),
+        case("1x50,000,000", HUGE, faster, per_byte, yardstick=own_adam, seconds=16, least_rounds=4),
+    ]
 
 
 def _structure(name: str, size: str, workload: Workload, yardstick: Yardstick) -> Case:
     goals = (Goal("cost", "≤", 1.5),)
-    return Case(name, "structure", size, "Adam", workload, "fused", yardstick, goals, seconds=4)
+    return Case(name, "structure", size, workload, "fused", yardstick=yardstick, goals=goals, seconds=4)
 
 
-def _grouped(settings: int) -> Case:
-    shapes = tensors(800, 64)
-    size = f"400 groups of 2x64, settings: {settings}"
+def _grouped(count: int, numel: int, settings: int) -> Case:
+    shapes = tensors(2 * count, numel)
+    size = f"{count} groups of 2x{numel:,}, settings: {settings}"
     one_group = Yardstick("fastopt, one group", workload=Workload(shapes))
-    return _structure(f"groups 400x2x64, {settings} settings", size, Workload(shapes, 400, settings), one_group)
+    return _structure(
+        f"groups {count}x2x{numel}, {settings} settings", size, Workload(shapes, count, settings), one_group
+    )
 
 
 def _half_absent() -> Case:
@@ -163,19 +181,105 @@ def _half_absent() -> Case:
     return _structure("absent 1000x64, half", "1000x64, half without a gradient", workload, all_present)
 
 
-def _noise(size: str, workload: Workload, seconds: float) -> Case:
-    return Case(f"noise {size}", "noise", size, "Adam", workload, "same", seconds=seconds, sittings=2)
+def _misaligned() -> Case:
+    aligned = Yardstick("fastopt, aligned", workload=MEDIUM)
+    size = "1000x50,000, misaligned"
+    return _structure("misaligned 1000x50,000", size, replace(MEDIUM, misaligned=True), aligned)
 
+
+def _noise(size: str, workload: Workload, seconds: float) -> Case:
+    return Case(f"noise {size}", "noise", size, workload, "same", seconds=seconds, sittings=2)
+
+
+def _model(name: str, divisor: int = 1) -> Case:
+    shapes = scaled(MODELS[name](), divisor)
+    size = f"{name}, widths / {divisor}" if divisor > 1 else name
+    workload = Workload(shapes, gradients="shared")
+    return Case(f"model {name.lower()}", "models", size, workload, "fused", RULES["AdamW"], seconds=4, least_rounds=6)
+
+
+def _mix(label: str, mix: str) -> Case:
+    """Torch has no step for states of another dtype than the parameter's."""
+    kind, count, numel = RULES[label], 20, 1_000_000
+    workload = Workload(tensors(count, numel), gradients="rewritten", dtype=MIXES[mix][0])
+    rivals: Family = (
+        "none" if MIXES[mix][0] != MIXES[mix][1] else "fast" if hasattr(torch.optim, kind.name) else "peers"
+    )
+    size = f"{count}x{numel:,}"
+    name = f"mix {label.lower()} {size} {mix}"
+    return Case(name, "mixes", size, workload, rivals, kind, mix, seconds=1.2, warm_up=1, steps_per_round=kind.cycle)
+
+
+def _curve(of: str, x: int, count: int, numel: int, groups: int = 1) -> Case:
+    name = f"curve {of} {x:,}"
+    workload = Workload(tensors(count, numel), groups, gradients="shared")
+    return Case(name, f"curve {of}", f"{count:,}x{numel:,}", workload, "fast", seconds=1.0, most_rounds=100, x=x)
+
+
+CURVES = {"tensors": "of 1,000 elements", "elements": "in each of 20 tensors", "groups": "of 1000 tensors x 64"}
+
+
+def _curves() -> list[Case]:
+    """How a step's cost grows with the number of tensors, with their size and with the number of groups."""
+    return [
+        *(_curve("tensors", n, n, 1000) for n in (1, 10, 100, 1000, 10_000)),
+        *(_curve("elements", n, 20, n) for n in (1, 100, 10_000, 1_000_000)),
+        *(_curve("groups", n, 1000, 64, n) for n in (1, 10, 100, 1000)),
+    ]
+
+
+def _everyone(label: str, count: int, numel: int, **changes: Any) -> Case:
+    kind = RULES[label]
+    workload = Workload(tensors(count, numel), gradients="rewritten")
+    size = f"{count}x{numel:,}"
+    name = f"everyone {label.lower()} {size}"
+    case = Case(
+        name,
+        "everyone",
+        size,
+        workload,
+        "everyone",
+        kind,
+        seconds=2.5,
+        warm_up=1,
+        least_rounds=5,
+        steps_per_round=kind.cycle,
+    )
+    return replace(case, **changes)
+
+
+def _compiled(label: str) -> Case:
+    """Few tensors, for compiling takes time in proportion to them."""
+    workload = Workload(tensors(10, 1_000_000), gradients="rewritten")
+    size = "10x1,000,000"
+    name = f"compiled {label.lower()} {size}"
+    return Case(name, "compiled", size, workload, "compiled", RULES[label], seconds=1.5, studied=True)
+
+
+UNFUSED = ("RAdam", "NAdam", "Adamax", "RMSprop")
 
 CASES: tuple[Case, ...] = (
     _adam("1000x64", TINY, faster=30, seconds=4),
     _adam("1000x1000", SMALL, faster=12, seconds=6),
-    _adam("1000x50,000", MEDIUM, faster=1.3, seconds=20),
-    _adam("1x50,000,000", HUGE, faster=1.05, seconds=20),
-    *(case for rule in ("RAdam", "NAdam", "Adamax", "RMSprop") for case in _rule(rule)),
-    *_ranger(),
-    *map(_grouped, (1, 4, 28)),
+    _adam("1000x50,000", MEDIUM, faster=1.3, seconds=16),
+    _adam("1x50,000,000", HUGE, faster=1.05, seconds=16),
+    *(case for label in UNFUSED for case in _rule(label)),
+    *_rule("Ranger", "peers"),
+    *(_grouped(400, 64, settings) for settings in (1, 4, 28)),
+    _grouped(465, 1000, 28),
     _half_absent(),
+    _misaligned(),
+    Case("many 10,000x64", "models", "10,000x64", MANY, "fused", RULES["AdamW"], seconds=5),
+    Case("large 20x5,000,000", "models", "20x5,000,000", LARGE, "fused", RULES["AdamW"], seconds=5, least_rounds=6),
+    _model("ResNet-50"),
+    _model("GPT-2"),
+    _model("ViT-L", divisor=2),
+    _model("Llama-7B", divisor=8),
+    *(_mix(label, mix) for label in RULES for mix in MIXES),
+    *_curves(),
+    *(_everyone(label, 100, 1000, studied=True) for label in RULES),
+    *(_everyone(label, 4, 5_000_000) for label in ("Adam", "AdamW", "RAdam", "Ranger")),
+    *map(_compiled, ("Adam", "RAdam")),
     _noise("1000x64", TINY, seconds=3),
     _noise("1x50,000,000", HUGE, seconds=6),
 )

@@ -26,6 +26,8 @@ def ours(rule: str, hyper: Mapping[str, Any], label: str = OURS, backend: str = 
     """fastopt on the kernels named; raises with the reason where they are missing, so nothing else is timed."""
     import fastopt
 
+    if rule == "Lookahead":
+        return Contender(label, lambda groups: fastopt.Lookahead(fastopt.Adam(groups, backend=backend), **hyper))
     return Contender(label, lambda groups: getattr(fastopt, rule)(groups, backend=backend, **hyper))
 
 
@@ -39,33 +41,39 @@ def public_rules() -> list[str]:
 
 
 def rivals(family: str, rule: str, hyper: Mapping[str, Any]) -> list[Contender]:
-    """`fused`: torch's fused step. `torch`: its for-loop and foreach steps. `peers`: other packages. `same`: one
-    contender twice, for the noise. `gpu`: torch's fused and foreach steps, those that it has. `compiled`: torch's
-    foreach step as torch.compile makes it. `none`: nobody else does this work."""
-    if family == "fused":
-        return [_torch(rule, "torch fused", hyper, fused=True)]
-    if family == "torch":
-        return [
-            _torch(rule, "torch for-loop", hyper, foreach=False),
-            _torch(rule, "torch foreach", hyper, foreach=True),
-        ]
-    if family == "peers":
-        return [Contender(label, make) for label, make in peers.rangers(hyper).items()]
-    if family == "same":
-        return [_torch(rule, label, hyper, fused=True) for label in NOISE_LABELS]
-    if family == "gpu":
-        fused = [_torch(rule, "torch fused", hyper, fused=True)] if _has_fused(rule) else []
-        return [*fused, _torch(rule, "torch foreach", hyper, foreach=True)]
-    if family == "compiled":
-        return [_compiled(_torch(rule, "torch.compile", hyper, foreach=True))]
-    if family == "none":
-        return []
-    families = "'fused', 'torch', 'peers', 'same', 'gpu', 'compiled' or 'none'"
-    raise ValueError(f"no family of rivals named {family!r}: use {families}")
+    """`fused`: torch's fused step. `torch`: its for-loop and foreach steps. `fast`: its fused and foreach steps, those
+    that it has. `peers`: other packages. `everyone`: all of these. `same`: one contender twice, for the noise.
+    `compiled`: torch's foreach step as torch.compile makes it. `none`: nobody else does this work."""
+    families: dict[str, Callable[[], list[Contender]]] = {
+        "fused": lambda: [_torch(rule, "torch fused", hyper, fused=True)],
+        "torch": lambda: [*_looped(rule, hyper), *_foreach(rule, hyper)],
+        "fast": lambda: [*_fused(rule, hyper), *_foreach(rule, hyper)],
+        "peers": lambda: [Contender(label, make) for label, make in peers.of(rule, hyper).items()],
+        "everyone": lambda: [*_fused(rule, hyper), *rivals("torch", rule, hyper), *rivals("peers", rule, hyper)],
+        "same": lambda: [_torch(rule, label, hyper, fused=True) for label in NOISE_LABELS],
+        "compiled": lambda: [*_fused(rule, hyper), _compiled(_torch(rule, "torch.compile", hyper, foreach=True))],
+        "none": list,
+    }
+    if family not in families:
+        raise ValueError(f"no family of rivals named {family!r}: use {', '.join(map(repr, families))}")
+    return families[family]()
+
+
+def _looped(rule: str, hyper: Mapping[str, Any]) -> list[Contender]:
+    return [_torch(rule, "torch for-loop", hyper, foreach=False)] if hasattr(torch.optim, rule) else []
+
+
+def _foreach(rule: str, hyper: Mapping[str, Any]) -> list[Contender]:
+    return [_torch(rule, "torch foreach", hyper, foreach=True)] if hasattr(torch.optim, rule) else []
+
+
+def _fused(rule: str, hyper: Mapping[str, Any]) -> list[Contender]:
+    return [_torch(rule, "torch fused", hyper, fused=True)] if _has_fused(rule) else []
 
 
 def _has_fused(rule: str) -> bool:
-    return "fused" in inspect.signature(getattr(torch.optim, rule)).parameters
+    cls = getattr(torch.optim, rule, None)
+    return cls is not None and "fused" in inspect.signature(cls).parameters
 
 
 class _Compiled:

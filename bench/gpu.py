@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from bench import gpu_clocks, gpu_streams
+from bench import gpu_clocks, gpu_streams, training
 from bench.cases import Workload, matches, tensors
 from bench.contenders import OURS, Contender, ours, rivals
-from bench.cpu import Job, Measurement, UnableError, agreement_rows
-from bench.gpu_cases import GPU_CASES, MIXES, RULES, GpuCase
-from bench.gpu_streams import COPY, STRIPPED, Streams, Stripped
-from bench.race import Agreement, Runner, Samples, agreement, race
+from bench.cpu import Job, UnableError, agreement_rows
+from bench.gpu_cases import GPU_CASES, GpuCase
+from bench.gpu_streams import COPY, STRIPPED, Stripped
+from bench.race import Agreement, Measurement, Runner, Samples, agreement, race
+from bench.rules import MIXES, RULES, Streams
 from bench.workload import OptimizerRunner, Tensors
 
 TRITON = f"{OURS} triton"
@@ -65,6 +65,10 @@ def jobs(only: str | None = None, rehearse: bool = False) -> list[Job]:
     everything = [
         Job(CEILINGS, partial(measure_ceilings, bench), shown=() if rehearse else ("gb_per_s",)),
         *(Job(case.name, partial(measure_case, bench, case), _estimate(case), shown=shown) for case in GPU_CASES),
+        *(
+            Job(f"training {each.name}", partial(measure_training, bench, each), seconds=15.0, shown=shown)
+            for each in training.TRAININGS
+        ),
         Job(LAUNCHES, partial(measure_launches, bench), seconds=8.0, last=True, shown=("launches",)),
     ]
     # Shares of ceilings need the ceilings, whichever cases are chosen.
@@ -77,21 +81,13 @@ def _estimate(case: GpuCase) -> float:
 
 
 class GpuRunner(OptimizerRunner):
-    """A contender with its states as the case stores them: made by a first step, then converted."""
+    """One that has done a step: what is made in the first is not part of a race."""
 
     def __init__(self, contender: Contender, tensors: Tensors, state: torch.dtype) -> None:
-        super().__init__(contender, tensors)
+        super().__init__(contender, tensors, state)
         self.prepare(0)
         self.run()
-        if state != tensors.workload.dtype:
-            widen(self.optimizer, state)
-            self.run()
         gpu_clocks.synchronize()
-
-
-def widen(optimizer: Optimizer, dtype: torch.dtype) -> None:
-    for p, own in optimizer.state.items():
-        own.update({k: v.to(dtype) for k, v in own.items() if isinstance(v, Tensor) and v.shape == p.shape and v.dim()})
 
 
 class Field:
@@ -108,15 +104,15 @@ class Field:
     def seat(self) -> None:
         case = self.case
         if case.rivals == "same":
-            contenders = rivals("same", case.rule, case.hyper)
+            contenders = rivals("same", case.kind.name, case.hyper)
             self.ours, self.rivals = [contenders[-1].label], [contenders[0].label]
             for contender in contenders:
                 self._seat(contender, case.workload, necessary=True)
             return
         for label, backend in self.bench.backends.items():
-            if self._seat(ours(case.rule, case.hyper, label, backend), case.workload, necessary=True):
+            if self._seat(ours(case.kind.name, case.hyper, label, backend), case.workload, necessary=True):
                 self.ours.append(label)
-        for contender in rivals(case.rivals, case.rule, case.hyper):
+        for contender in rivals(case.rivals, case.kind.name, case.hyper):
             if self._seat(contender, case.workload, necessary=False):
                 self.rivals.append(contender.label)
         if case.yardstick and self.ours:
@@ -129,7 +125,7 @@ class Field:
     def _yardstick(self) -> Contender:
         assert self.case.yardstick
         backend = self.bench.backends[self.ours[0]]
-        return ours(self.case.rule, self.case.hyper, self.case.yardstick.label, backend)
+        return ours(self.case.kind.name, self.case.hyper, self.case.yardstick.label, backend)
 
     def _seat(self, contender: Contender, workload: Workload, necessary: bool) -> bool:
         try:
@@ -210,10 +206,6 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def _bytes(case: GpuCase) -> float:
-    return case.kind.bytes_per_element(case.mix) * case.workload.numel
-
-
 def _times(seated: Field, samples: Samples) -> list[Measurement]:
     case, measured = seated.case, []
     for label in samples.seconds:
@@ -221,7 +213,7 @@ def _times(seated: Field, samples: Samples) -> list[Measurement]:
         measured.append((label, "us_per_step", time.scaled(1e6)))
         if case.clock == "device":
             runner = seated.runners[label]
-            moved = runner.bytes_moved if isinstance(runner, Stripped) else _bytes(case)
+            moved = runner.bytes_moved if isinstance(runner, Stripped) else case.least_bytes
             measured.append((label, "gb_per_s", time.reciprocal(moved * 1e-9)))
     measured += [(label, "rounds", float(len(samples.seconds[label]))) for label in seated.ours]
     return measured
@@ -233,10 +225,10 @@ def _ratios(seated: Field, samples: Samples) -> list[Measurement]:
         others = [*seated.rivals, *(other for other in seated.ours if other != label)]
         measured += [(label, f"speedup/{other}", samples.ratio(other, label)) for other in others]
         if isinstance(stripped := seated.runners.get(STRIPPED), Stripped):
-            work = _bytes(case) / stripped.bytes_moved
+            work = case.least_bytes / stripped.bytes_moved
             measured.append((label, f"rate/{STRIPPED}", samples.ratio(STRIPPED, label).scaled(work)))
         if case.clock == "device" and (copied := seated.bench.ceilings.get(COPY)):
-            rate = samples.time(label).reciprocal(_bytes(case) * 1e-9)
+            rate = samples.time(label).reciprocal(case.least_bytes * 1e-9)
             measured.append((label, f"share/{COPY}", rate.scaled(1 / copied)))
     if case.yardstick and case.yardstick.label in samples.seconds:
         yardstick = case.yardstick.label
@@ -281,6 +273,20 @@ def _all_streams() -> Iterator[Streams]:
     yield from dict.fromkeys(found)
 
 
+def measure_training(bench: Bench, each: training.Training) -> list[Measurement]:
+    """Whole trainings; without the package that has the data, none."""
+    try:
+        return training.measure(each, bench.device, steps=4 if bench.scale > 1 else None)
+    except ModuleNotFoundError as error:
+        print(f"  training {each.name}: left out: {error}", file=sys.stderr, flush=True)
+        return []
+    except Exception as error:
+        check_context(error)
+        raise
+    finally:
+        _release()
+
+
 def measure_launches(bench: Bench) -> list[Measurement]:
     """Kernels that one step starts. Last of all: the profiler slows down what is launched after it."""
     shapes = tensors(20 if bench.scale > 1 else 1000, 1000)
@@ -312,7 +318,7 @@ def _studied(bench: Bench) -> Iterator[tuple[Contender, bool]]:
         if bench.device == "cuda":
             yield ours("Adam", {"capturable": True}, f"{label} Adam, capturable", backend), True
     for kind in ("Adam", "RAdam"):
-        for contender in rivals("gpu", kind, {}):
+        for contender in rivals("fast", kind, {}):
             yield replace(contender, label=f"{contender.label} {kind}"), False
 
 
@@ -344,5 +350,5 @@ def warm() -> None:
             Stripped(streams, gpu_streams.UNIT, "cuda", shape).run()
     for case in GPU_CASES:
         if case.rivals == "compiled":
-            GpuRunner(rivals(case.rivals, case.rule, case.hyper)[0], Tensors(case.workload, "cuda"), torch.float32)
+            GpuRunner(rivals(case.rivals, case.kind.name, case.hyper)[0], Tensors(case.workload, "cuda"), torch.float32)
             _release()

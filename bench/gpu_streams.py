@@ -17,32 +17,13 @@ from torch import Tensor
 
 from bench import gpu_clocks
 from bench.race import Spread, race
-from bench.streams import StreamRunner
+from bench.rules import Streams
+from bench.streams import COPY, STRIPPED, StreamRunner
 
-COPY = "torch copy_"
-STRIPPED = "same streams, no arithmetic"
 COPY_NUMEL = 500_000_000
 # (elements of a block, blocks of a program, warps): 8 elements a thread, 1K to 8K elements a program; and 4 a thread.
 SHAPES = ((1024, 1, 4), (1024, 2, 4), (2048, 4, 8), (1024, 1, 8))
 UNIT = 8192  # elements; every shape divides it, so the kernel needs no mask
-
-
-@dataclass(frozen=True)
-class Streams:
-    """What a step touches per element: p is read and written, g read, each of the states read and written."""
-
-    states: int
-    parameter: torch.dtype = torch.float32
-    state: torch.dtype = torch.float32
-
-    @property
-    def bytes_per_element(self) -> int:
-        return 3 * self.parameter.itemsize + 2 * self.states * self.state.itemsize
-
-    def __str__(self) -> str:
-        names = [str(dtype).removeprefix("torch.") for dtype in (self.parameter, self.state)]
-        kinds = names[0] if not self.states or names[0] == names[1] else f"{names[0]} with {names[1]} states"
-        return f"{2 + self.states} read, {1 + self.states} written, {kinds}"
 
 
 class Stripped:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bench.cases import Measure
 from bench.contenders import NOISE_LABELS, OURS
+from bench.cpu_tables import trainings
 from bench.gpu import CEILINGS, LAUNCHES, TRITON
 from bench.gpu_cases import GPU_CASES, GpuCase
 from bench.gpu_streams import COPY, STRIPPED
@@ -218,7 +219,9 @@ _PARTS: tuple[Callable[[Results], str], ...] = (
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),
+    _raced("Parameter lists of real models, step and the wait for the device", "gpu models"),
     _raced("Against the compiled step of torch, by the device's clock", "gpu compiled"),
+    trainings,
     _roof,
     _ceilings,
     _launches,

@@ -1,17 +1,26 @@
-"""Other people's Ranger: the installed packages, or, where there is none, a transcription of ranger.py in foreach
-operations.
+"""Other people's optimizers that do the work of ours, each only where it is installed and runs; `peers.txt` names the
+releases that `make bench` looks for. Where there is no package with a Ranger, a transcription of ranger.py in foreach
+operations stands in.
 
-All are configured to do the work of `fastopt.Ranger`: momentum steps before the rectification threshold, decoupled
-decay, and no gradient centralisation (optimi has none; the raced tensors are one-dimensional, where it does not
-apply).
+All are configured to do the work of fastopt's rule: torch's defaults, momentum steps before RAdam's threshold,
+decoupled decay, and no gradient centralisation in Ranger (optimi has none; the raced tensors are one-dimensional, where
+it does not apply). Whether they did is measured after each race. Where they cannot, `different` says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
+import io
+import logging
 import math
+import sys
+import types
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,14 +83,150 @@ def rectify(step: int, beta2: float) -> float | None:
     return math.sqrt((1 - decay) * variance)
 
 
-def rangers(hyper: Mapping[str, Any]) -> dict[str, Factory]:
-    """Label -> factory of every installed Ranger, or of the stand-in."""
-    found: dict[str, Factory] = {}
-    if importlib.util.find_spec("optimi"):
-        optimi = importlib.import_module("optimi")
-        found["optimi foreach"] = lambda groups: optimi.Ranger(groups, foreach=True, triton=False, **hyper)
-    if importlib.util.find_spec("pytorch_optimizer"):
-        pytorch_optimizer = importlib.import_module("pytorch_optimizer")
-        extra = {"degenerated_to_sgd": True, "use_gc": False}
-        found["pytorch_optimizer"] = lambda groups: pytorch_optimizer.Ranger(groups, **extra, **hyper)
-    return found or {"ranger.py as foreach (stand-in)": lambda groups: ForeachRanger(groups, **hyper)}
+@dataclass(frozen=True)
+class Peer:
+    """A class of another package for one of our rules; a Lookahead wraps torch's foreach Adam. `takes`: the
+    hyper-parameters it has, by torch's names; `fixed`: what makes it do the same work; `device`: where it runs, "" for
+    everywhere; `needs`: what has to be asked of it."""
+
+    label: str
+    rule: str
+    module: str
+    name: str
+    takes: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    device: str = ""
+    different: str = ""
+    needs: str = ""
+
+    def factory(self, settings: Mapping[str, Any]) -> Factory:
+        cls = getattr(load(self.module), self.name)
+        given = {key: settings[key] for key in self.takes.split() if key in settings}
+        if self.rule == "Lookahead":
+            return lambda groups: cls(torch.optim.Adam(groups, foreach=True), **given, **self.fixed)
+        return lambda groups: cls(groups, **given, **self.fixed)
+
+    def can(self, hyper: Mapping[str, Any]) -> bool:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        return (
+            self.device in ("", here)
+            and {*self.needs.split()} <= {*hyper} <= {*self.takes.split()}
+            and installed(self.module)
+        )
+
+
+ADAM = "lr betas eps weight_decay"
+OPTIMI = {"foreach": True, "triton": False}
+OPTIMI_TRITON = {"foreach": False, "triton": True}
+UNQUANTISED = {"quantize": False, "compress_state_dict": False, "master_weight_bits": None, "fused": False}
+PLAIN_RANGER = {"degenerated_to_sgd": True, "use_gc": False}
+
+PEERS = (
+    *(
+        Peer(label, name, "optimi", name, takes, fixed, device)
+        for label, fixed, device in (("optimi foreach", OPTIMI, ""), ("optimi triton", OPTIMI_TRITON, "cuda"))
+        for name, takes in (
+            ("SGD", "lr momentum weight_decay"),
+            *((name, ADAM) for name in ("Adam", "AdamW", "RAdam")),
+            ("Ranger", f"{ADAM} k alpha"),
+        )
+    ),
+    Peer("pytorch_optimizer", "RAdam", "pytorch_optimizer", "RAdam", ADAM, {"degenerated_to_sgd": True}),
+    Peer("pytorch_optimizer", "Adamax", "pytorch_optimizer", "AdaMax", ADAM),
+    Peer("pytorch_optimizer", "Ranger", "pytorch_optimizer", "Ranger", f"{ADAM} k alpha", PLAIN_RANGER),
+    *(
+        Peer(label, "Lookahead", module, "Lookahead", "k alpha", different=different)
+        for label, module, different in (
+            ("pytorch_optimizer", "pytorch_optimizer", ""),
+            ("timm", "timm.optim.lookahead", "its slow weights begin at the first synchronisation, not before"),
+        )
+    ),
+    Peer("timm", "AdamW", "timm.optim.adamw", "AdamWLegacy", f"{ADAM} amsgrad", {"foreach": True}),
+    Peer("timm", "RAdam", "timm.optim.radam", "RAdamLegacy", ADAM),
+    Peer(
+        "timm (TF)",
+        "RMSprop",
+        "timm.optim.rmsprop_tf",
+        "RMSpropTF",
+        "lr alpha eps momentum centered",
+        different="TensorFlow's rule: eps under the root, the mean square begins at 1",
+    ),
+    *(
+        Peer("bitsandbytes 32-bit", name, "bitsandbytes.optim", f"{name}32bit", takes, needs=needs)
+        for name, takes, needs in (
+            ("Adam", ADAM, ""),
+            ("AdamW", ADAM, ""),
+            ("SGD", "lr momentum weight_decay", "momentum"),
+            ("RMSprop", "lr alpha eps weight_decay", ""),
+            ("Adagrad", "lr eps", ""),
+        )
+    ),
+    *(Peer("flashoptim", name, "flashoptim", f"Flash{name}", ADAM, UNQUANTISED) for name in ("Adam", "AdamW")),
+    Peer("flashoptim", "SGD", "flashoptim", "FlashSGD", "lr momentum weight_decay", UNQUANTISED),
+    Peer("torchao", "AdamW", "torchao.optim", "_AdamW", f"{ADAM} amsgrad"),
+    *(
+        Peer(label, name, module, "FusedAdam", ADAM, {"adam_w_mode": name == "AdamW"}, "cuda")
+        for label, module in (
+            ("apex", "apex.optimizers"),
+            ("TransformerEngine", "transformer_engine.pytorch.optimizers"),
+        )
+        for name in ("Adam", "AdamW")
+    ),
+    *(
+        Peer(label, "SGD", module, "FusedSGD", "lr momentum weight_decay", device="cuda")
+        for label, module in (
+            ("apex", "apex.optimizers"),
+            ("TransformerEngine", "transformer_engine.pytorch.optimizers"),
+        )
+    ),
+    Peer("apex", "Adagrad", "apex.optimizers", "FusedAdagrad", "lr eps", device="cuda"),
+)
+
+
+def of(rule: str, hyper: Mapping[str, Any]) -> dict[str, Factory]:
+    """Label -> factory of every installed class that has all of `hyper`; a stand-in for Ranger if there is none."""
+    settings = {**defaults(rule), **hyper}
+    found = {peer.label: peer.factory(settings) for peer in PEERS if peer.rule == rule and peer.can(hyper)}
+    if rule == "Ranger" and not found:
+        return {"ranger.py as foreach (stand-in)": lambda groups: ForeachRanger(groups, **hyper)}
+    return found
+
+
+def why_different(label: str, rule: str) -> str:
+    """Why the peer does other work; empty if it is meant to do the same."""
+    return next((peer.different for peer in PEERS if (peer.label, peer.rule) == (label, rule)), "")
+
+
+def defaults(rule: str) -> dict[str, Any]:
+    """Of fastopt's class, which are torch's; other packages have others."""
+    import fastopt
+
+    parameters = inspect.signature(getattr(fastopt, rule)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def installed(module: str) -> bool:
+    """Whether it is, and can be imported."""
+    try:
+        load(module)
+    except Exception:  # a package built for another torch may raise anything
+        return False
+    return True
+
+
+def load(module: str) -> Any:
+    """Import it without what it says while importing. timm imports torchvision, which its optimizers do not need."""
+    quiet = io.StringIO()
+    if module.startswith("timm.optim") and "timm" not in sys.modules:
+        spec = importlib.util.find_spec("timm")
+        if spec is None or spec.origin is None:
+            raise ImportError("timm is not installed")
+        for package, path in (("timm", Path(spec.origin).parent), ("timm.optim", Path(spec.origin).parent / "optim")):
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(path)]
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        logging.disable(logging.WARNING)
+        try:
+            return importlib.import_module(module)
+        finally:
+            logging.disable(logging.NOTSET)

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 PIECE = 4_000_000
+T = TypeVar("T")
 
 
 class Runner(Protocol):
@@ -61,6 +62,10 @@ class Spread:
         return Spread(numerator / self.p80, numerator / self.p50, numerator / self.p20)
 
 
+# One metric of one contender, before it is known where and when: (contender, metric, value).
+Measurement = tuple[str, str, Spread | float]
+
+
 class Samples:
     """Seconds per step of every contender, one value per round."""
 
@@ -92,11 +97,12 @@ def race(
     most_rounds: int = 300,
     warm_up: int = 4,
     steps_per_round: int = 1,
+    first_step: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
     turn: Turn | None = None,
 ) -> Samples:
     """Race for about `seconds`, preparation included; the last warm-up round decides how many rounds that is."""
-    samples, step = Samples(), 0
+    samples, step = Samples(), first_step
     take: Turn = turn or partial(_turn, clock)
 
     def hold(round_: int, record: Callable[[str, float], None]) -> None:
@@ -118,7 +124,7 @@ def race(
     return samples
 
 
-def order(runners: Sequence[Runner], round_: int) -> list[Runner]:
+def order(runners: Sequence[T], round_: int) -> list[T]:
     """Every contender takes every place equally often."""
     turn = (round_ // 2) % len(runners)
     rotated = [*runners[turn:], *runners[:turn]]
@@ -168,12 +174,12 @@ class Agreement:
 
 
 def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor], initial: Sequence[Tensor], steps: int) -> Agreement:
-    """An ulp is the dtype's eps times the parameter, or times the rms of all parameters where that is larger: near
-    zero the terms that were rounded are larger than their sum."""
+    """In ulps of theirs. An ulp is the dtype's eps times the parameter, or times the rms of all parameters where that
+    is larger: near zero the terms that were rounded are larger than their sum."""
     floor = math.sqrt(sum(_squares(t) for t in initial) / sum(t.numel() for t in initial))
     squares, moved, largest, count = 0.0, 0.0, 0.0, 0
     for a, b, start in zip(_pieces(ours), _pieces(theirs), _pieces(initial), strict=True):
-        wide = torch.promote_types(b.dtype, torch.float32)
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         ulp = b.to(wide).abs().clamp_(min=floor).mul_(torch.finfo(b.dtype).eps)
         difference = (a.to(wide) - b.to(wide)).div_(ulp)
         squares += _squares(difference)

@@ -12,6 +12,14 @@ slash:
     rate/<yardstick>          gb_per_s in units of the yardstick's, round by round
     share/<ceiling>           gb_per_s in units of a ceiling's, measured earlier in the same run
     launches copies           kernels, and copies and fills of memory, that one step starts on a GPU
+    operators                 operators of torch that one step calls on the host
+    bytes_per_step            bytes that the rule must move at least
+    first_step_us             of an optimizer that has no state yet; what compiles does it here
+    peak_extra_bytes          the most that a step takes from torch's allocator at once, beyond what it found
+    rms_error max_error       distance from a run in float64 after as many steps as study.py says, in ulps
+    training_us               a whole training step: forward, backward, optimizer
+    part_of_training          share of the optimizer in it
+    final_loss                mean of the last training losses
     rms_ulp/<rival> max_ulp/<rival> same_work/<rival>     agreement of the results after the race (same_work: 1 or 0)
     rounds                    rounds raced
     torch_allocations         blocks taken from torch's allocator in one step

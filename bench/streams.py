@@ -1,24 +1,37 @@
-"""The ceilings: what this machine's memory does for the plainest kernels, on tensors of the largest case's size."""
+"""The ceilings: what this machine's memory does for the plainest kernels, on tensors of the largest case's size, and
+for the streams of an optimizer with its arithmetic removed (streams.cpp)."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.race import Samples, race
+from bench.records import ROOT
 
 NUMEL = 50_000_000
 # Per element of fp32: copy_ reads one tensor and writes another, add_ reads and writes the same one, as an optimizer
 # does with its state.
 BYTES_PER_ELEMENT = 8
+COPY = "torch copy_"
+STRIPPED = "same streams, no arithmetic"
+SOURCE = Path(__file__).with_name("streams.cpp")
 
 
 class StreamRunner:
     """A kernel on tensors of its own; it needs no preparation."""
 
-    def __init__(self, label: str, run: Callable[[], Tensor]) -> None:
+    def __init__(self, label: str, run: Callable[[], object]) -> None:
         self.label = label
         self._run = run
 
@@ -32,7 +45,43 @@ class StreamRunner:
 def measure(seconds: float, numel: int = NUMEL) -> Samples:
     source, target, accumulator = (torch.ones(numel) for _ in range(3))
     runners = [
-        StreamRunner("torch copy_", lambda: target.copy_(source)),
+        StreamRunner(COPY, lambda: target.copy_(source)),
         StreamRunner("torch add_ (read, modify, write)", lambda: accumulator.add_(1.0)),
     ]
     return race(runners, seconds=seconds)
+
+
+def stripped(states: int, numel: int) -> StreamRunner:
+    """g read, p and the states read and written, by as many threads as torch has. Raises RuntimeError where there is no
+    compiler."""
+    kernel = _kernel()
+    g, *updated = (torch.ones(numel) for _ in range(2 + states))
+    pointers = (ctypes.c_void_p * len(updated))(*(tensor.data_ptr() for tensor in updated))
+
+    def run(kept: list[Tensor] = [g, *updated]) -> None:  # noqa: B006 - keeps the memory alive
+        kernel(
+            ctypes.c_void_p(kept[0].data_ptr()),
+            pointers,
+            len(updated),
+            ctypes.c_int64(numel),
+            torch.get_num_threads(),
+        )
+
+    return StreamRunner(STRIPPED, run)
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Compiled once, for this processor."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler: set CXX")
+    text = SOURCE.read_bytes()
+    library = ROOT / "build" / "bench" / f"streams-{hashlib.sha256(text).hexdigest()[:12]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+        built = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], capture_output=True, text=True)
+        if built.returncode:
+            raise RuntimeError(f"{compiler} cannot compile {SOURCE.name}: {built.stderr[-1000:]}")
+    return ctypes.CDLL(str(library)).streams

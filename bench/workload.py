@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,12 @@ class Tensors:
         ]
 
     def parameters(self) -> list[Parameter]:
-        return [Parameter(piece.clone()) for piece in self._initial]
+        return [Parameter(self._copy(piece)) for piece in self._initial]
+
+    def _copy(self, value: Tensor) -> Tensor:
+        if not self.workload.misaligned:
+            return value.clone()
+        return torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)[1:].view_as(value).copy_(value)
 
     @property
     def initial(self) -> Sequence[Tensor]:
@@ -49,7 +55,7 @@ class Tensors:
     def _gradient(self, value: Tensor, step: int, i: int) -> Tensor:
         if self.workload.gradients == "shared":
             return value.detach()
-        return self._buffers[step % 2][i].copy_(value).detach() if self._rewritten else value.clone()
+        return self._buffers[step % 2][i].copy_(value).detach() if self._rewritten else self._copy(value)
 
     @property
     def _rewritten(self) -> bool:
@@ -75,16 +81,26 @@ class Tensors:
 
 
 class OptimizerRunner:
-    """A contender at work on its own copy of the tensors."""
+    """A contender at work on its own copy of the tensors. With `state`, what it keeps per element is stored so: made by
+    a first step, then converted."""
 
-    def __init__(self, contender: Contender, tensors: Tensors) -> None:
+    def __init__(self, contender: Contender, tensors: Tensors, state: torch.dtype | None = None) -> None:
         self.label = contender.label
         self.tensors = tensors
         self.parameters = tensors.parameters()
         self.optimizer = contender.make(tensors.workload.deal(self.parameters))
+        if state is not None and state != tensors.workload.dtype:
+            self.prepare(0)
+            self.run()
+            widen(self.optimizer, state)
 
     def prepare(self, step: int) -> None:
         self.tensors.give_gradients(self.parameters, step)
 
     def run(self) -> None:
         self.optimizer.step()
+
+
+def widen(optimizer: Any, dtype: torch.dtype) -> None:
+    for p, own in optimizer.state.items():
+        own.update({k: v.to(dtype) for k, v in own.items() if isinstance(v, Tensor) and v.shape == p.shape and v.dim()})

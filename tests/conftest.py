@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest_plugins = ["contract_table"]
 torch.set_num_threads(1)
 
 

@@ -19,6 +19,8 @@ from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signatu
 import fastopt
 from fastopt.backends import triton
 
+pytestmark = pytest.mark.contract("numbers", backend="triton")
+
 assert triton_interpreter
 
 S = Spec
@@ -102,17 +104,20 @@ def test_fp32(case: Case) -> None:
     assert_same(*both(case, SIZES if late else SHORT, torch.float32))
 
 
+@pytest.mark.contract("numbers", "low precision", backend="triton")
 @dtypes("fp64", "bf16")
 @cases(STAGES)
 def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
     assert_same(*both(case, SHORT, dtype))
 
 
+@pytest.mark.contract("low precision", backend="triton")
 @cases(FEW)
 def test_fp16(case: Case) -> None:
     assert_same(*both(case, SHORT, torch.float16))
 
 
+@pytest.mark.contract("numbers", "layouts", backend="triton")
 @cases(by_id("adam-amsgrad", "ranger"))
 def test_layouts(case: Case) -> None:
     assert_same(*both(case, LAYOUTS, torch.float32))
@@ -123,17 +128,20 @@ def test_special_values(case: Case) -> None:
     assert_same(*both(case, SPECIAL, torch.float32))
 
 
+@pytest.mark.contract("low precision", backend="triton")
 @cases(FEW)
 def test_special_values_in_bf16(case: Case) -> None:
     assert_same(*both(case, SPECIAL, torch.bfloat16))
 
 
+@pytest.mark.contract("numbers", optimizers="Ranger", backend="triton")
 @dtypes("fp32", "fp64", "bf16")
 def test_slices_whose_mean_is_subtracted(dtype: torch.dtype) -> None:
     """Within one program and cut into chunks, aligned or not, in memory order or not."""
     assert_same(*both(by_id("ranger-k1")[0], SLICES, dtype))
 
 
+@pytest.mark.contract("numbers", optimizers="Ranger", backend="triton")
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1e38])
 @pytest.mark.parametrize("columns", [10, 200])
 def test_slices_that_are_not_finite(bad: float, columns: int) -> None:
@@ -155,6 +163,7 @@ MIXES = {
 }
 
 
+@pytest.mark.contract("layouts", backend="triton", difference="mixed dtypes")
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @cases(by_id("adam-amsgrad", "nadam", "rmsprop-everything", "ranger-alpha03", "lookahead-sgd-nesterov"))
 def test_states_of_another_dtype(case: Case, mix: tuple[torch.dtype, torch.dtype]) -> None:
@@ -180,6 +189,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.contract("device", backend="triton")
 @cases(FUSED)
 def test_rows_made_where_the_steps_are(case: Case) -> None:
     """fused=True keeps the steps on the parameter's device, here the CPU: the rows then come from torch operations.
@@ -194,6 +204,7 @@ def test_rows_made_where_the_steps_are(case: Case) -> None:
     assert_same(*traces)
 
 
+@pytest.mark.contract("amp", backend="triton")
 @pytest.mark.parametrize("overflow", [False, True])
 @cases(FUSED)
 def test_scaled_gradients(case: Case, overflow: bool) -> None:
@@ -201,6 +212,7 @@ def test_scaled_gradients(case: Case, overflow: bool) -> None:
     check_scaled(case, overflow, torch.float32)
 
 
+@pytest.mark.contract("amp", "low precision", backend="triton")
 def test_scaled_gradients_in_bf16() -> None:
     check_scaled(FUSED[2], True, torch.bfloat16)
 
@@ -228,6 +240,7 @@ def check_scaled(case: Case, overflow: bool, dtype: torch.dtype) -> None:
     assert_same(runs[0][1], runs[1][1])
 
 
+@pytest.mark.contract("amp", backend="triton")
 def test_unscaling_gradients_that_share_memory_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = fastopt.SGD([p], lr=0.1, fused=True, backend="triton")
@@ -238,6 +251,7 @@ def test_unscaling_gradients_that_share_memory_is_refused() -> None:
     assert (p == 1).all()
 
 
+@pytest.mark.contract("device", backend="triton")
 def test_launches_of_one_step() -> None:
     """One for everything that shares dtypes and chain; a misaligned gradient costs a second."""
     params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 16, 50)]
@@ -259,6 +273,7 @@ def test_launches_of_one_step() -> None:
     assert step() == 1
 
 
+@pytest.mark.contract("hooks", backend="triton")
 def test_what_is_written_is_known_to_autograd() -> None:
     """The version of each tensor that a step writes goes up, and of no other."""
     p, idle = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))

@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gzip
-import importlib
 import importlib.util
 import io
 import os
-import sys
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fastopt
+from bench.peers import load
 
 SHAPES = ((5,), (3, 4), (2,))
 STEPS = 10
@@ -113,14 +111,7 @@ def available(module: str) -> bool:
 
 
 def _module(name: str) -> Any:
-    """ranger.py is a file, in the folder PEER_SOURCES; timm imports torchvision, which its optimizers do not need."""
-    if name.startswith("timm.optim") and "timm" not in sys.modules:
-        spec = importlib.util.find_spec("timm")
-        if spec is None or spec.origin is None:
-            raise ImportError("timm is not installed")
-        for package, path in (("timm", Path(spec.origin).parent), ("timm.optim", Path(spec.origin).parent / "optim")):
-            sys.modules[package] = types.ModuleType(package)
-            sys.modules[package].__path__ = [str(path)]
+    """ranger.py is a file, in the folder PEER_SOURCES."""
     if name in ("ranger", "ranger2020"):
         path = Path(os.environ.get("PEER_SOURCES", "")) / f"{name}.py"
         if not path.is_file():
@@ -131,7 +122,7 @@ def _module(name: str) -> Any:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    return importlib.import_module(name)
+    return load(name)
 
 
 def _optimi(name: str, **kwargs: Any) -> Callable[[Groups], Optimizer]:

@@ -12,6 +12,8 @@ from harness import Built, Scenario, Spec, assert_same, difference, snapshot, st
 
 import fastopt
 
+pytestmark = pytest.mark.contract("amp")
+
 SCENARIO = Scenario(
     "amp",
     (Spec((33,)), Spec((4, 5), absent=frozenset({0, 3})), Spec((6, 3), "transposed", "contiguous")),

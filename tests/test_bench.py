@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -13,23 +14,27 @@ import pytest
 import torch
 
 import fastopt
-from bench import allocations
+from bench import allocations, commits, cpu_tables, peers, streams, study, training
 from bench.__main__ import main
-from bench.cases import CASES, STREAMS, Case, Goal, Workload, Yardstick, matches, tensors
-from bench.contenders import Contender, rivals
-from bench.cpu import jobs, measure_case
+from bench.cases import CASES, CURVES, Case, Goal, Workload, Yardstick, matches, tensors
+from bench.contenders import OURS, Contender, ours, public_rules, rivals
+from bench.cpu import Field, jobs, measure_case
+from bench.cpu_tables import markdown
 from bench.gpu import jobs as gpu_jobs
-from bench.gpu_cases import GPU_CASES, MIXES, RULES
+from bench.gpu_cases import GPU_CASES
 from bench.gpu_run import Process, Run
-from bench.gpu_streams import STRIPPED
 from bench.gpu_tables import UNMEASURED, gpu_markdown
+from bench.models import MODELS, scaled
 from bench.peers import ForeachRanger, rectify
 from bench.race import Agreement, Samples, Spread, agreement, order, race
 from bench.records import COLUMNS, ROOT, Environment, Row, append, read
-from bench.report import CLOSING, OPENING, with_block, write, write_gpu
+from bench.report import CLOSING, OPENING, pages, with_blocks, write
+from bench.rules import MIXES, RULES
+from bench.streams import STRIPPED
 from bench.sweep.__main__ import SOURCE, nvcc, summary
-from bench.tables import markdown
 from bench.workload import OptimizerRunner, Tensors
+
+native = pytest.mark.skipif(not fastopt.backends.available("native"), reason=str(fastopt.backends.why_not("native")))
 
 NANOSECONDS = 1_000_000_000
 HERE = Environment("abc123", "2026-01-02T03:04:05+00:00", "a processor, with a comma", "", "2.13.0", "", "3.11.7", 2)
@@ -65,7 +70,6 @@ def adam_case(**changes: object) -> Case:
         "adam 5x33",
         "adam",
         "5x33",
-        "Adam",
         MINUTE,
         "fused",
         goals=(Goal("speedup", "≥", 2),),
@@ -223,25 +227,50 @@ def sample_rows(speedup: float = 3.0, same_work: float = 1.0, environment: Envir
 
 
 def test_the_report_is_idempotent_and_leaves_the_rest_alone(tmp_path: Path) -> None:
-    csv, readme, plot = tmp_path / "cpu.csv", tmp_path / "README.md", tmp_path / "cpu.png"
+    csv, readme = tmp_path / "cpu.csv", tmp_path / "README.md"
     append(csv, sample_rows())
-    readme.write_text(
-        f"# Title\n\n{OPENING.format(name='cpu')}\nold\n{CLOSING.format(name='cpu')}\n\nafter\n", encoding="utf-8"
-    )
-    write(csv, readme, plot)
-    once, picture = readme.read_text(encoding="utf-8"), plot.read_bytes()
-    write(csv, readme, plot)
+    opening, closing = OPENING.format(name="cpu"), CLOSING.format(name="cpu")
+    readme.write_text(f"# Title\n\n{opening}\nold\n{closing}\n\nafter\n", encoding="utf-8")
+    assert write(csv, tmp_path / "gpu.csv", pages(tmp_path), tmp_path) == [readme, tmp_path / "cpu.png"]
+    once, picture = readme.read_text(encoding="utf-8"), (tmp_path / "cpu.png").read_bytes()
+    write(csv, tmp_path / "gpu.csv", pages(tmp_path), tmp_path)
     assert readme.read_text(encoding="utf-8") == once
-    assert plot.read_bytes() == picture
+    assert (tmp_path / "cpu.png").read_bytes() == picture
     assert once.startswith("# Title\n\n<!-- bench:cpu -->\n")
     assert once.endswith("<!-- /bench:cpu -->\n\nafter\n")
     assert "| 1000x64 | 500 µs | 1.5 ms | 3.00 (2.70–3.30) | ≥ 30x | yes |" in once
     assert "old" not in once
 
 
-def test_a_readme_without_markers_is_told_what_to_write() -> None:
-    with pytest.raises(ValueError, match=r"README\.md has no place for the tables: write a line <!-- bench:cpu -->"):
-        with_block("# Title\n", "cpu", "body", "README.md")
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("<!-- bench:cpu -->\n", "page has a marker without its other: 1 begin a block and 0 end one"),
+        ("<!-- /bench:cpu -->\n<!-- bench:cpu -->\n", "page has a marker without its other"),
+        ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "must have the same name, one of gpu, cpu"),
+        ("<!-- bench:cpus -->\n<!-- /bench:cpus -->\n", "must have the same name, one of gpu, cpu"),
+    ],
+)
+def test_markers_that_cannot_be_filled_are_named(text: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        with_blocks(text, lambda name: "body", "page")
+
+
+def test_every_block_of_the_pages_can_be_written_and_every_table_has_a_page() -> None:
+    asked: list[str] = []
+    for page in pages(ROOT):
+        with_blocks(page.read_text(encoding="utf-8"), lambda name: asked.append(name) or "", str(page))
+    assert {*asked} == {"gpu", *cpu_tables.names()}
+    assert all(cpu_tables.block(name, []) == cpu_tables.UNMEASURED for name in cpu_tables.names())
+
+
+def test_figures_of_the_pages_are_those_of_the_records() -> None:
+    """Nobody has edited a table, and no newer record waits for `python -m bench report`."""
+    rows, gpu = read(ROOT / "bench" / "results" / "cpu.csv"), ROOT / "bench" / "results" / "gpu.csv"
+    gpu_body = gpu_markdown(read(gpu)) if gpu.exists() else UNMEASURED
+    for page in pages(ROOT):
+        text = page.read_text(encoding="utf-8")
+        assert with_blocks(text, lambda name: gpu_body if name == "gpu" else cpu_tables.block(name, rows)) == text, page
 
 
 def test_different_work_is_marked() -> None:
@@ -260,9 +289,46 @@ def test_the_latest_run_of_a_case_is_shown_and_named() -> None:
 def test_cases_are_well_formed() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
-        assert case.rule in STREAMS
         assert len(case.workload.shapes) % case.workload.groups == 0
+        assert case.workload.dtype == MIXES[case.mix][0]
         assert matches(case.name, case.name)
+        assert not case.table.startswith("curve ") or case.x > 0
+
+
+def test_every_rule_and_every_way_to_store_it_is_measured() -> None:
+    assert {kind.name for kind in RULES.values()} == {*public_rules(), "Lookahead"}
+    assert {(case.kind.label, case.mix) for case in CASES if case.table == "mixes"} == {
+        (label, mix) for label in RULES for mix in MIXES
+    }
+    assert {case.kind.label for case in CASES if case.table == "everyone" and case.studied} == {*RULES}
+    assert {case.table for case in CASES if case.x} == {f"curve {of}" for of in CURVES}
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "parameters"),
+    [
+        ("ResNet-50", 161, 25_557_032),
+        ("ViT-L", 296, 304_326_632),
+        ("GPT-2", 148, 124_439_808),
+        ("Llama-7B", 291, 6_738_415_616),
+    ],
+)
+def test_models_have_the_parameters_that_their_authors_count(model: str, count: int, parameters: int) -> None:
+    shapes = MODELS[model]()
+    assert len(shapes) == count
+    assert sum(map(math.prod, shapes)) == parameters
+    assert len(scaled(shapes, 8)) == count
+    assert all(n > 0 for shape in scaled(shapes, 8) for n in shape)
+
+
+def test_misaligned_tensors_are_so_and_have_the_same_values() -> None:
+    aligned, misaligned = (Tensors(Workload(tensors(3, 50), misaligned=m)) for m in (False, True))
+    for p, q in zip(aligned.parameters(), misaligned.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.data_ptr() % 16 == 0 < q.data_ptr() % 16
+    parameters = misaligned.parameters()
+    misaligned.give_gradients(parameters, 0)
+    assert all(p.grad.data_ptr() % 16 for p in parameters)
 
 
 def test_groups_deal_all_tensors_and_all_settings() -> None:
@@ -279,7 +345,7 @@ def test_quick_leaves_out_the_large_tensors() -> None:
     assert [job.name for job in jobs("adam 1000x64")] == ["adam 1000x64"]
 
 
-@pytest.mark.skipif(not fastopt.backends.available("native"), reason=fastopt.backends.why_not("native"))
+@native
 def test_smallest_case_runs_and_agrees() -> None:
     one_tensor = Yardstick("fastopt, one tensor", workload=Workload(tensors(1, 33)))
     measured = {
@@ -318,7 +384,7 @@ def test_command_prints_tables_and_records(tmp_path: Path, capsys: pytest.Captur
 
 def test_command_names_the_cases_when_none_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cpu", "--only", "no such case"]) == 2
-    assert "the cases are: adam 1000x64" in capsys.readouterr().err
+    assert "the cases are: stream 1x50,000,000, adam 1000x64" in capsys.readouterr().err
 
 
 def test_another_clock_may_take_the_turns() -> None:
@@ -410,18 +476,158 @@ def test_gpu_tables_show_the_goals_beside_the_figures() -> None:
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
-    csv, readme = tmp_path / "gpu.csv", tmp_path / "README.md"
+    csv, gpu_csv, readme = tmp_path / "cpu.csv", tmp_path / "gpu.csv", tmp_path / "README.md"
+    append(csv, sample_rows())
     readme.write_text(f"a\n{OPENING.format(name='gpu')}\nold\n{CLOSING.format(name='gpu')}\nb\n", encoding="utf-8")
-    write_gpu(csv, readme)
+    write(csv, gpu_csv, [readme], tmp_path)
     assert f"\n{UNMEASURED}\n" in readme.read_text(encoding="utf-8")
-    append(csv, gpu_rows())
-    write_gpu(csv, readme)
+    append(gpu_csv, gpu_rows())
+    write(csv, gpu_csv, [readme], tmp_path)
     text = readme.read_text(encoding="utf-8")
     assert UNMEASURED not in text
     assert "1.3 ms" in text
     readme.write_text("no markers\n", encoding="utf-8")
-    write_gpu(csv, readme)
+    assert readme not in write(csv, gpu_csv, [readme], tmp_path)
     assert readme.read_text(encoding="utf-8") == "no markers\n"
+
+
+class Refuses(torch.optim.SGD):
+    def step(self, closure: object = None) -> None:
+        raise RuntimeError("needs another machine")
+
+
+@native
+def test_a_rival_that_cannot_do_a_step_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_one_that_refuses(*_: object) -> list[Contender]:
+        return [Contender("refuses", lambda groups: Refuses(groups)), *rivals("fused", "Adam", {})]
+
+    monkeypatch.setattr("bench.cpu.rivals", with_one_that_refuses)
+    measured = measure_case(adam_case())
+    assert "without refuses: needs another machine" in capsys.readouterr().err
+    assert {contender for contender, _, _ in measured} == {OURS, "torch fused"}
+
+
+def test_a_case_of_ours_that_fails_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.cpu.ours", lambda *_: Contender(OURS, lambda groups: Refuses(groups)))
+    monkeypatch.setattr("bench.cpu.rivals", lambda *_: [])
+    field = Field.of(adam_case(studied=True))
+    with pytest.raises(RuntimeError, match="needs another machine"):
+        field.seat(backwards=False)["fastopt"].run()
+
+
+def test_peers_are_given_our_hyper_parameters_and_none_that_they_lack() -> None:
+    assert peers.defaults("Adam")["betas"] == (0.9, 0.999)
+    adam = next(peer for peer in peers.PEERS if peer.rule == "Adam" and not peer.device)
+    lacking = dataclasses.replace(adam, module="math")
+    assert lacking.can({"eps": 1e-8})
+    assert not lacking.can({"amsgrad": True})
+    assert not dataclasses.replace(adam, module="no_such_package").can({})
+    given: dict[str, object] = {}
+    math_module = peers.load("math")
+    made = dataclasses.replace(adam, module="math", name="isclose", takes="lr eps", fixed={"foreach": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(math_module, "isclose", lambda groups, **settings: given.update(settings))
+        made.factory({"lr": 0.5, "eps": 0.25, "betas": (0, 0)})([])
+    assert given == {"lr": 0.5, "eps": 0.25, "foreach": True}
+
+
+@pytest.mark.parametrize("label", RULES)
+def test_installed_peers_take_a_step_or_say_why_they_differ(label: str) -> None:
+    """Each does our work on small tensors, or its entry says what is different."""
+    kind = RULES[label]
+    shared = Tensors(Workload(tensors(3, 40)))
+    own = OptimizerRunner(ours(kind.name, kind.hyper, backend="reference"), shared)
+    found = rivals("peers", kind.name, kind.hyper)
+    runners = [OptimizerRunner(c, shared) for c in found if not (c.label == "torchao" or "triton" in c.label)]
+    steps = race([own, *runners], seconds=0, least_rounds=7, warm_up=1).steps
+    for runner in runners:
+        same = agreement(own.parameters, runner.parameters, shared.initial, steps).same_work
+        assert same != bool(peers.why_different(runner.label, kind.name)), runner.label
+
+
+@native
+@pytest.mark.parametrize("label", ["Adam", "Ranger", "Lookahead, Adam"])
+def test_a_study_counts_what_a_step_takes(label: str) -> None:
+    kind = RULES[label]
+    case = Case("study", "everyone", "3x40", Workload(tensors(3, 40)), "none", kind)
+    contenders = [ours(kind.name, kind.hyper), *rivals("torch", kind.name, kind.hyper)]
+    measured = {(who, metric): value for who, metric, value in study.study(case, contenders)}
+    assert measured[OURS, "peak_extra_bytes"] == 0
+    assert measured[OURS, "first_step_us"] > 0
+    assert 0 < measured[OURS, "rms_error"] <= measured[OURS, "max_error"] < 30
+    for contender in contenders[1:]:
+        assert measured[contender.label, "operators"] > measured[OURS, "operators"]
+        assert measured[contender.label, "peak_extra_bytes"] > 0
+        assert measured[OURS, "rms_error"] <= 1.01 * measured[contender.label, "rms_error"]
+
+
+def test_streams_without_arithmetic_touch_every_element() -> None:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    runner = streams.stripped(states=2, numel=1003)
+    g, *updated = runner._run.__defaults__[0]
+    g.fill_(5.0)
+    runner.run()
+    assert all(torch.equal(tensor, torch.full_like(tensor, 4.0)) for tensor in updated)
+    assert len(updated) == 3
+
+
+@native
+def test_trainings_train_and_agree() -> None:
+    quick = dataclasses.replace(training.TRAININGS[0], steps=6)
+    measured = {(who, metric): value for who, metric, value in training.measure(quick)}
+    assert {metric for _, metric in measured} >= {"training_us", "part_of_training", "final_loss"}
+    losses = [value for (_, metric), value in measured.items() if metric == "final_loss"]
+    assert max(losses) - min(losses) < 1e-4 * max(losses)
+    assert all(0 < v.p50 < 1 for (_, metric), v in measured.items() if metric == "part_of_training")
+    assert training.convnet("cpu").make_model(0)(torch.zeros(2, 64)).shape == (2, 10)
+
+
+def outcome(change: tuple[float, float, float], noise: tuple[float, float, float]) -> commits.Outcome:
+    return commits.Outcome(commits.CASES[0], Spread(1, 1, 1), Spread(*change), Spread(*noise))
+
+
+@pytest.mark.parametrize(
+    ("change", "noise", "verdict"),
+    [
+        ((1.2, 1.3, 1.4), (0.95, 1.0, 1.05), "**slower**"),
+        ((1.0, 1.3, 1.4), (0.95, 1.0, 1.05), "within the noise"),
+        ((1.2, 1.3, 1.4), (0.7, 1.0, 1.05), "within the noise"),
+        ((1.2, 1.3, 1.4), (0.95, 1.0, 1.25), "within the noise"),
+        ((0.7, 0.8, 0.9), (0.95, 1.0, 1.05), "faster"),
+        ((0.7, 0.8, 0.9), (0.95, 1.0, 1.2), "within the noise"),
+    ],
+)
+def test_only_what_is_beyond_the_noise_is_flagged(
+    change: tuple[float, float, float], noise: tuple[float, float, float], verdict: str
+) -> None:
+    assert outcome(change, noise).verdict == verdict
+    assert verdict in commits.markdown([outcome(change, noise)], "HEAD")
+
+
+@native
+def test_a_tree_is_raced_against_another_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tree is this one, so that nothing has to be built; times are not looked at."""
+    monkeypatch.setattr(commits, "_checkout", lambda revision, folder: ROOT)
+    monkeypatch.setattr(commits, "QUICK", ("adam 400 groups",))
+    (found,) = commits.compare("HEAD", quick=True, threads=1, seconds=0.1)
+    assert found.seconds.p50 > 0
+    assert found.change.p20 <= found.change.p50 <= found.change.p80
+
+
+def test_another_package_than_the_asked_one_is_noticed(tmp_path: Path) -> None:
+    worker = commits.Worker("elsewhere", tmp_path, 1)
+    with pytest.raises(RuntimeError, match="the process of elsewhere ended with 1"):
+        worker.ask(case="adam 1000x64")
+
+
+def test_a_revision_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    assert main(["compare", "no-such-commit"]) == 2
+    assert "'no-such-commit' is no commit of this repository" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -430,7 +636,7 @@ def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> N
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not fastopt.backends.available("native"), reason=fastopt.backends.why_not("native"))
+@native
 def test_a_rehearsal_takes_every_path_and_records_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for only in ("small adam 1x1,000", "fused sgd 200x1,000,000 fp32"):
         assert main(["gpu", "--dry", "--only", only, "--out", str(tmp_path)]) == 0

@@ -17,6 +17,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import fastopt
 
+pytestmark = pytest.mark.contract("state")
+
 MIDRUN = Scenario(
     "midrun",
     (
@@ -116,6 +118,7 @@ def test_loading_in_mid_run_replaces_the_states(case: Case, dtype: torch.dtype, 
     assert_same(advance(optimizer, built, 3, 9), first)
 
 
+@pytest.mark.contract("state", "wrappers")
 @parametrize(CASES, ("fp32",), names=["native"])
 def test_copies_are_independent_and_exact(case: Case, dtype: torch.dtype, backend: str) -> None:
     """deepcopy and pickle of model and optimizer together, in mid-run: both continue as the original does."""
@@ -137,6 +140,7 @@ def test_copies_are_independent_and_exact(case: Case, dtype: torch.dtype, backen
         assert_same(got, want)
 
 
+@pytest.mark.contract("wrappers", difference="copies")
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_deepcopy_keeps_public_attributes_and_the_backend(name: str) -> None:
     optimizer = getattr(fastopt, name)([torch.nn.Parameter(torch.ones(3))], backend="reference")
@@ -189,6 +193,7 @@ SEVERAL = by_id("sgd-momentum", "adagrad", "adam-amsgrad", "nadam", "rmsprop-cen
 WRONG = {"longer": (34,), "shorter": (32,), "same-size-other-shape": (11, 3), "scalar-like": (1,)}
 
 
+@pytest.mark.contract("state", difference="shapes of loaded states")
 @pytest.mark.parametrize("shape", WRONG.values(), ids=WRONG)
 @parametrize(SEVERAL, ("fp32",))
 def test_wrong_shape_is_refused_before_anything_changes(
@@ -253,6 +258,7 @@ def test_older_checkpoints_load(name: str) -> None:
         assert optimizer.state[p]["step"] == 4
 
 
+@pytest.mark.contract("state", optimizers="SGD")
 def test_sgd_checkpoint_with_an_empty_momentum_buffer() -> None:
     """torch wrote momentum_buffer=None for parameters without a gradient, and still does with momentum=0."""
     p = torch.nn.Parameter(torch.zeros(2))
@@ -265,6 +271,7 @@ def test_sgd_checkpoint_with_an_empty_momentum_buffer() -> None:
     assert p.tolist() == [-1.0, -1.0]
 
 
+@pytest.mark.contract("state", difference="ownership of loaded states")
 @parametrize(by_id("sgd-momentum", "adam-amsgrad", "ranger", "lookahead-adam"), ("fp32",))
 def test_one_dict_loaded_twice_serves_two_optimizers(case: Case, dtype: torch.dtype, backend: str) -> None:
     """torch shares the dict's tensors with the optimizer; here a loaded dict stays what it was."""
@@ -300,6 +307,7 @@ def test_unknown_states_survive() -> None:
     assert "mine" in other.state[p]
 
 
+@pytest.mark.contract("state", "distributed")
 @pytest.mark.parametrize("name", TORCH_NAMES)
 @pytest.mark.parametrize("backend", backends())
 def test_distributed_checkpoint_functions(name: str, backend: str) -> None:
@@ -328,6 +336,7 @@ def test_distributed_checkpoint_functions(name: str, backend: str) -> None:
     )
 
 
+@pytest.mark.contract("distributed", optimizers=TORCH_NAMES)
 def test_zero_redundancy_style_construction() -> None:
     """ZeroRedundancyOptimizer builds shards with cls(params, **defaults)."""
     for name in TORCH_NAMES:

@@ -20,6 +20,8 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 
 import fastopt
 
+pytestmark = pytest.mark.contract("construction")
+
 each_name = pytest.mark.parametrize("name", TORCH_NAMES)
 each_backend = pytest.mark.parametrize("backend", backends())
 
@@ -64,6 +66,7 @@ def test_class_is_a_subclass_of_the_torch_class_under_its_name(name: str) -> Non
     assert ours.__doc__ != theirs.__doc__
 
 
+@pytest.mark.contract("construction", optimizers="AdamW")
 def test_adamw_is_an_adam() -> None:
     assert issubclass(fastopt.AdamW, fastopt.Adam)
 
@@ -221,6 +224,7 @@ def _sparse(params: list[Any]) -> None:
     params[-1].grad = torch.ones(4, 3).to_sparse()
 
 
+@pytest.mark.contract("fallback", difference="failing steps")
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [(n, {}) for n in TORCH_NAMES if n not in ("SGD", "Adagrad")]
@@ -261,6 +265,7 @@ def test_fused_refuses_what_torchs_fused_refuses(name: str, device_dtype: tuple[
     assert ours == theirs
 
 
+@pytest.mark.contract("live", difference="options switched on late")
 @pytest.mark.parametrize(
     ("name", "option", "key"),
     [
@@ -296,6 +301,7 @@ def _describe(state: dict[str, Any]) -> list[Any]:
     return [(k, v.dtype, v.device, v.shape, v.stride(), v.requires_grad, type(v)) for k, v in state.items()]
 
 
+@pytest.mark.contract("state")
 @parametrize(TORCH_CASES, ("fp32", "bf16"))
 def test_states_have_torchs_keys_order_types_and_strides(case: Case, dtype: torch.dtype, backend: str) -> None:
     layouts = {"contiguous": (5,), "transposed": (4, 6), "every_other": (5, 7), "channels_last": (2, 3, 4, 5)}
@@ -317,6 +323,7 @@ def _float64_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.contract("state")
 @pytest.mark.usefixtures("_float64_by_default")
 @parametrize(by_id("adam", "nadam", "nadam-psi2", "radam", "adagrad", "rmsprop", "ranger"), ("fp32", "fp64"))
 def test_counters_follow_the_default_dtype(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -328,6 +335,7 @@ def test_counters_follow_the_default_dtype(case: Case, dtype: torch.dtype, backe
     assert all(c.dtype == torch.float64 for c in counters)
 
 
+@pytest.mark.contract("state")
 @each_name
 @each_backend
 def test_state_is_created_on_the_first_gradient(name: str, backend: str) -> None:
@@ -343,6 +351,7 @@ def test_state_is_created_on_the_first_gradient(name: str, backend: str) -> None
     assert {p: list(s) for p, s in optimizer.state.items()} == {p: list(s) for p, s in reference.state.items()}
 
 
+@pytest.mark.contract("state", optimizers="Adam")
 @each_backend
 def test_state_put_there_by_a_hook_is_used(backend: str) -> None:
     """The recipe for states of one's own: a pre-step hook fills optimizer.state[p] before the first step."""
@@ -361,6 +370,7 @@ def test_state_put_there_by_a_hook_is_used(backend: str) -> None:
     assert not difference(p.detach(), q.detach())
 
 
+@pytest.mark.contract("live")
 @each_name
 @each_backend
 def test_step_without_gradients_changes_nothing(name: str, backend: str) -> None:
@@ -376,6 +386,7 @@ def test_step_without_gradients_changes_nothing(name: str, backend: str) -> None
     assert all(torch.equal(v, states[p][k]) for p, s in optimizer.state.items() for k, v in s.items())
 
 
+@pytest.mark.contract("hooks")
 @parametrize(TORCH_CASES, ("fp32",))
 def test_versions_are_bumped_and_gradients_left_alone(case: Case, dtype: torch.dtype, backend: str) -> None:
     """A stale tensor saved for backward must be detected, and .grad belongs to the user."""
@@ -394,6 +405,7 @@ def test_versions_are_bumped_and_gradients_left_alone(case: Case, dtype: torch.d
     assert torch.equal(grad, values)
 
 
+@pytest.mark.contract("hooks")
 @each_backend
 def test_backward_through_a_parameter_changed_by_a_step_raises(backend: str) -> None:
     w = torch.nn.Parameter(torch.ones(4))
@@ -405,6 +417,7 @@ def test_backward_through_a_parameter_changed_by_a_step_raises(backend: str) -> 
         loss.backward()
 
 
+@pytest.mark.contract("memory")
 @each_name
 @each_backend
 def test_nothing_is_kept_alive(name: str, backend: str) -> None:
@@ -422,6 +435,7 @@ def test_nothing_is_kept_alive(name: str, backend: str) -> None:
     assert parameter() is None
 
 
+@pytest.mark.contract("hooks")
 @each_name
 @each_backend
 def test_step_hooks_fire_once_in_order(name: str, backend: str) -> None:
@@ -448,6 +462,7 @@ def test_step_hooks_fire_once_in_order(name: str, backend: str) -> None:
     assert len(calls) == 8
 
 
+@pytest.mark.contract("hooks")
 @each_name
 def test_checkpoint_hooks_fire_once_in_order(name: str) -> None:
     optimizer, calls = getattr(fastopt, name)([param(3)]), []
@@ -460,6 +475,7 @@ def test_checkpoint_hooks_fire_once_in_order(name: str) -> None:
     assert calls == ["save pre", "save post", "load first", "load pre", "load post"]
 
 
+@pytest.mark.contract("hooks")
 @each_backend
 def test_pre_hook_may_replace_the_arguments_and_edit_the_group(backend: str) -> None:
     p = torch.nn.Parameter(torch.zeros(1))
@@ -477,6 +493,7 @@ def test_pre_hook_may_replace_the_arguments_and_edit_the_group(backend: str) -> 
         optimizer.step()
 
 
+@pytest.mark.contract("hooks")
 @each_name
 @each_backend
 def test_closure_is_called_once_with_gradients_enabled(name: str, backend: str) -> None:
@@ -500,6 +517,7 @@ def test_closure_is_called_once_with_gradients_enabled(name: str, backend: str) 
     assert w.grad is not None
 
 
+@pytest.mark.contract("live")
 @each_name
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(name: str, set_to_none: bool) -> None:
@@ -509,6 +527,7 @@ def test_zero_grad(name: str, set_to_none: bool) -> None:
     assert p.grad is None if set_to_none else torch.equal(p.grad, torch.zeros(3))
 
 
+@pytest.mark.contract("hooks")
 def test_step_has_torchs_name_in_the_profiler() -> None:
     p = param(3)
     p.grad = torch.ones(3)
@@ -565,6 +584,7 @@ EDITS: list[dict[str, Any]] = [
 ONE_OF_EACH = by_id("sgd-momentum", "rmsprop-momentum", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam")
 
 
+@pytest.mark.contract("live")
 @parametrize(ONE_OF_EACH, ("fp32",))
 def test_edited_hyper_parameters_take_effect_on_the_next_step(case: Case, dtype: torch.dtype, backend: str) -> None:
     pair = Pair(case, backend)
@@ -577,6 +597,7 @@ def test_edited_hyper_parameters_take_effect_on_the_next_step(case: Case, dtype:
             pair.step(2)
 
 
+@pytest.mark.contract("live", difference="tensor hyper-parameters")
 @each_name
 @each_backend
 def test_lr_as_a_tensor_is_read_at_every_step(name: str, backend: str) -> None:
@@ -598,6 +619,7 @@ def test_lr_as_a_tensor_is_read_at_every_step(name: str, backend: str) -> None:
     torch.testing.assert_close(params[0], params[2], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.contract("live", difference="tensor hyper-parameters")
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @each_backend
 def test_betas_as_tensors(name: str, backend: str) -> None:
@@ -621,6 +643,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.contract("schedulers")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @parametrize(by_id("sgd-momentum", "adam", "adamax", "nadam", "radam", "rmsprop-momentum"), ("fp32",))
 def test_schedulers(case: Case, dtype: torch.dtype, backend: str, scheduler: str) -> None:
@@ -635,6 +658,7 @@ def test_schedulers(case: Case, dtype: torch.dtype, backend: str, scheduler: str
                 schedule.step()
 
 
+@pytest.mark.contract("schedulers")
 def test_reduce_on_plateau() -> None:
     optimizer = fastopt.Adam([param(3)], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
@@ -643,6 +667,7 @@ def test_reduce_on_plateau() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.025
 
 
+@pytest.mark.contract("live")
 @parametrize(by_id(*["sgd-momentum", "rmsprop-centered", "adagrad", "adam-amsgrad", "nadam", "radam"]), ("fp32",))
 def test_add_param_group_in_mid_run(case: Case, dtype: torch.dtype, backend: str) -> None:
     pair = Pair(case, backend)
@@ -677,6 +702,7 @@ FLAGGED = [
 ]
 
 
+@pytest.mark.contract("numbers", "construction", difference="implementation flags")
 @parametrize(FLAGGED, ("fp32", "bf16"))
 def test_implementation_flags_do_not_change_the_numbers(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Late first gradients, strided and misaligned parameters included: torch's own fused kernels get those wrong."""
@@ -690,6 +716,7 @@ def test_implementation_flags_do_not_change_the_numbers(case: Case, dtype: torch
     harness.check(case, Scenario("flags", specs, steps=7), dtype, backend)
 
 
+@pytest.mark.contract("numbers")
 @parametrize(by_id("adam", "radam-coupled", "sgd-momentum", "ranger", "lookahead-adam"), ("fp32",))
 def test_four_hundred_groups(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Two small tensors each, 28 different settings."""
@@ -710,6 +737,7 @@ def tensors_allocated(action: Callable[[], Any]) -> int:
     return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
 
 
+@pytest.mark.contract("memory")
 @parametrize([*ONE_OF_EACH, *by_id("rmsprop-everything", "ranger", "lookahead-adam")], ("fp32", "bf16"), ["native"])
 def test_steady_state_allocates_no_tensor(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Seven steps measured after seven to get there: rectification and synchronisations included."""

@@ -33,6 +33,7 @@ def give_gradients(ps: list[Any], step: int = 0) -> None:
         p.grad = torch.cos(torch.arange(p.numel()) + step + i).reshape(p.shape).to(p.dtype)
 
 
+@pytest.mark.contract("import")
 @parametrize(TORCH_CASES, ("fp32",))
 def test_live_state_continues_bit_for_bit(case: Case, dtype: torch.dtype, backend: str) -> None:
     """torch.optim for five steps, then ours on the same parameters: the oracle never stopped."""
@@ -56,6 +57,7 @@ def test_live_state_continues_bit_for_bit(case: Case, dtype: torch.dtype, backen
         assert_same([got], [want], signed_zeros=not case.interpolates_fully)
 
 
+@pytest.mark.contract("import")
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_hyper_parameters_groups_and_names_come_along(name: str) -> None:
     model = torch.nn.Linear(3, 2)
@@ -73,6 +75,7 @@ def test_hyper_parameters_groups_and_names_come_along(name: str) -> None:
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
 
 
+@pytest.mark.contract("import")
 def test_overrides_apply_to_every_group() -> None:
     a, b = params(3, 4)
     source = torch.optim.Adam([{"params": [a], "lr": 0.5}, {"params": [b], "lr": 0.25}], betas=(0.8, 0.9))
@@ -86,6 +89,7 @@ def _decaying(ps: list[Any]) -> list[dict[str, Any]]:
     return [{"params": ps[:1], "weight_decay": 0.0}, {"params": ps[1:], "weight_decay": 0.05}]
 
 
+@pytest.mark.contract("import")
 @parametrize(by_id("sgd-momentum", "adamw", "radam", "ranger"), ("fp32",))
 def test_handing_over_to_another_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The classic recipe, train with Adam and finish with SGD: from there on it is that rule, started afresh."""
@@ -108,6 +112,7 @@ def test_handing_over_to_another_rule(case: Case, dtype: torch.dtype, backend: s
     assert source.state[ours[0]]["step"] == 6, "the old optimizer's state is its own"
 
 
+@pytest.mark.contract("import")
 def test_converting_ours_is_free_and_lookahead_follows() -> None:
     ps = params(5)
     optimizer = fastopt.RAdam(ps)
@@ -120,12 +125,14 @@ def test_converting_ours_is_free_and_lookahead_follows() -> None:
     assert torch.equal(ps[0].detach(), ramp(5))
 
 
+@pytest.mark.contract("import")
 def test_the_fused_flag_keeps_its_meaning() -> None:
     optimizer = fastopt.convert(torch.optim.Adam(params(3), fused=True))
     assert optimizer.param_groups[0]["fused"] is True
     assert optimizer._step_supports_amp_scaling
 
 
+@pytest.mark.contract("import")
 def test_a_subclass_of_a_torch_class_converts() -> None:
     class Mine(torch.optim.AdamW):
         pass
@@ -133,6 +140,7 @@ def test_a_subclass_of_a_torch_class_converts() -> None:
     assert type(fastopt.convert(Mine(params(3)))) is fastopt.AdamW
 
 
+@pytest.mark.contract("import")
 def test_what_cannot_be_converted_is_refused_with_the_choices() -> None:
     with pytest.raises(TypeError, match=r"LBFGS.*Adam"):
         fastopt.convert(torch.optim.LBFGS(params(3)))
@@ -144,6 +152,7 @@ def test_what_cannot_be_converted_is_refused_with_the_choices() -> None:
     assert type(fastopt.convert(source, fastopt.Adam, lr=0.1)) is fastopt.Adam
 
 
+@pytest.mark.contract("import")
 def test_bad_override_leaves_the_old_optimizer_alone() -> None:
     source = torch.optim.Adam(params(3))
     before = copy.deepcopy(source.state_dict())

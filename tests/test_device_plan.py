@@ -13,7 +13,7 @@ from harness import difference
 import fastopt
 from fastopt.backends import native
 
-pytestmark = pytest.mark.parametrize("backend", backends(["emulated"]))
+pytestmark = [pytest.mark.contract("device"), pytest.mark.parametrize("backend", backends(["emulated"]))]
 
 
 def tensors(n: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -105,6 +105,7 @@ def test_a_misaligned_gradient_moves_its_tensor_for_good(backend: str, monkeypat
     assert torch.equal(ours.state[p]["exp_avg"], plain.state[q]["exp_avg"])
 
 
+@pytest.mark.contract("device", "layouts")
 @pytest.mark.parametrize("layout", ["transposed", "gradient transposed", "gradient of another dtype"])
 def test_a_gradient_may_change_its_kind(layout: str, backend: str) -> None:
     ours_p, plain_p = (torch.nn.Parameter(torch.linspace(-1, 1, 48).reshape(6, 8)) for _ in range(2))
@@ -137,6 +138,7 @@ def test_a_launch_for_each_way_of_storing(backend: str) -> None:
     assert launches(optimizer) == 4
 
 
+@pytest.mark.contract("device", optimizers="Ranger")
 @pytest.mark.parametrize("rows", [(3, 5000), (1, 70_000), (7, 4096), (7, 4097), (600, 3), (2, 2, 3000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_centralised_rows_of_every_length(rows: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:

@@ -17,6 +17,8 @@ from test_numbers import GROUPS, INTERMITTENT, SIZES
 import fastopt
 from fastopt import rule
 
+pytestmark = pytest.mark.contract("device")
+
 EMULATED = backends(["emulated"])
 
 
@@ -51,6 +53,7 @@ def test_numbers_do_not_depend_on_where_steps_are_counted(case: Case, scenario: 
     on_device.assert_nothing_else_written()
 
 
+@pytest.mark.contract("device", "low precision")
 @pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", ["fp64", "bf16", "fp16"])
 @some
@@ -106,6 +109,7 @@ class Scaler:
         del optimizer.grad_scale, optimizer.found_inf
 
 
+@pytest.mark.contract("device", "amp")
 @pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @some
@@ -137,6 +141,7 @@ def _waits(self: torch.Tensor) -> float:
     raise AssertionError("the host waited for the device")
 
 
+@pytest.mark.contract("device", "amp", optimizers="SGD")
 @pytest.mark.parametrize("backend", EMULATED)
 def test_momentum_that_met_an_overflow_first(backend: str) -> None:
     """SGD has no counter: its first step is only known by the state that was just created."""
@@ -152,6 +157,7 @@ def test_momentum_that_met_an_overflow_first(backend: str) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.contract("device", "state")
 @pytest.mark.parametrize("backend", EMULATED)
 @some
 def test_resume_and_copies(case: Case, backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
 import sys
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+distributed = functools.partial(pytest.mark.contract, "distributed")
+pytestmark = [
+    distributed(optimizers="all", backend="all"),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
+]
 SCRIPT = Path(__file__).with_name("distributed_steps.py")
 
 
@@ -36,11 +41,20 @@ def run(task: str, folder: Path) -> None:
         assert process.returncode == 0, text
 
 
-@pytest.mark.parametrize("task", ["fsdp", "placements", "ddp", "zero"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "fsdp",
+        pytest.param("placements", marks=distributed(optimizers=("Adam", "Ranger"), backend="all")),
+        "ddp",
+        pytest.param("zero", marks=distributed(optimizers=("SGD", "Adam", "AdamW", "RAdam", "Ranger"))),
+    ],
+)
 def test_two_processes(task: str, tmp_path: Path) -> None:
     run(task, tmp_path)
 
 
+@pytest.mark.contract("distributed", "state", optimizers="all")
 def test_distributed_checkpoints(tmp_path: Path) -> None:
     """Resumed to the same bits, sharded as before and not sharded at all."""
     run("resume", tmp_path)

@@ -15,6 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 
+pytestmark = pytest.mark.contract("fallback")
+
 each_name = pytest.mark.parametrize("name", TORCH_NAMES)
 each_backend = pytest.mark.parametrize("backend", backends())
 ONE_OF_EACH = by_id("sgd-momentum", "rmsprop-everything", "adagrad", "adam-everything", "adamw", "adamax", "nadam")
@@ -128,6 +130,7 @@ def _complex_groups() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.contract("fallback", "live")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("beside", ["nothing", "a real parameter"])
 @parametrize(by_id("sgd-momentum", "adam", "lookahead-adam"), ("fp32",))
@@ -227,6 +230,7 @@ def test_wrapper_subclasses_without_memory(case: Case, dtype: torch.dtype, backe
     assert not difference(ours[0].detach(), other[0].detach())
 
 
+@pytest.mark.contract("layouts")
 @parametrize(ONE_OF_EACH, ("fp32",))
 def test_parameters_that_share_memory(case: Case, dtype: torch.dtype, backend: str) -> None:
     """torch updates them in turn, so the shared elements move twice; a parallel pass would race."""
@@ -242,6 +246,7 @@ def test_parameters_that_share_memory(case: Case, dtype: torch.dtype, backend: s
     run_three(case, backend, make, grads)
 
 
+@pytest.mark.contract("layouts")
 @parametrize(by_id("sgd-momentum", "adam-everything"), ("fp32",))
 def test_interleaved_parameters_of_one_buffer(case: Case, dtype: torch.dtype, backend: str) -> None:
     """base[0::2] and base[1::2]: extents overlap, elements do not. Whoever takes them, both must be right."""
@@ -257,6 +262,7 @@ def test_interleaved_parameters_of_one_buffer(case: Case, dtype: torch.dtype, ba
     run_three(case, backend, make, grads)
 
 
+@pytest.mark.contract("layouts")
 @parametrize(by_id("sgd-momentum", "adam-everything"), ("fp32",), names=["native"])
 def test_the_same_parameter_twice(case: Case, dtype: torch.dtype, backend: str) -> None:
     """torch warns, and then updates it twice a step."""
@@ -272,6 +278,7 @@ def test_the_same_parameter_twice(case: Case, dtype: torch.dtype, backend: str) 
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.contract("layouts")
 @each_name
 @each_backend
 def test_parameter_whose_elements_share_memory_raises_as_in_torch(name: str, backend: str) -> None:
@@ -292,6 +299,7 @@ LAZY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.contract("layouts")
 @pytest.mark.parametrize("lazy", LAZY)
 @parametrize(ONE_OF_EACH, ("fp32",))
 def test_lazy_gradients_are_resolved(case: Case, dtype: torch.dtype, backend: str, lazy: str) -> None:
@@ -306,6 +314,7 @@ def test_lazy_gradients_are_resolved(case: Case, dtype: torch.dtype, backend: st
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.contract("layouts")
 def test_negated_parameter() -> None:
     p, q = torch.nn.Parameter(torch._neg_view(ramp(9))), parameter(-ramp(9))
     ours, theirs = fastopt.SGD([p], lr=0.1), oracles.TorchLoop("SGD", [q], lr=0.1)
@@ -316,6 +325,7 @@ def test_negated_parameter() -> None:
     assert not difference(p.detach().resolve_neg(), q.detach())
 
 
+@pytest.mark.contract("layouts")
 @parametrize(by_id("sgd-momentum", "adam", "nadam", "adagrad", "rmsprop"), ("fp32",))
 def test_gradient_that_is_the_parameter_itself(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Weight decay written by hand, p.grad = p.data: the same memory is read and written in one pass."""
@@ -328,6 +338,7 @@ def test_gradient_that_is_the_parameter_itself(case: Case, dtype: torch.dtype, b
     assert not difference(p.detach(), q.detach())
 
 
+@pytest.mark.contract("layouts", difference="mixed dtypes")
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -358,6 +369,7 @@ def test_gradients_of_another_dtype(name: str, dtype: torch.dtype, grad_dtype: t
     torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.contract("layouts", optimizers="Adam", difference="mixed dtypes")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_backend
@@ -428,6 +440,7 @@ def test_dtypes_without_kernels_do_what_torch_does(name: str, backend: str) -> N
     assert result(getattr(fastopt, name), backend=backend) == result(getattr(torch.optim, name))
 
 
+@pytest.mark.contract("live")
 @parametrize(by_id("adam", "ranger"), ("fp32",))
 def test_storage_released_and_restored(case: Case, dtype: torch.dtype, backend: str) -> None:
     """FSDP frees a parameter's storage between uses and fills it again, often at another address."""
@@ -447,6 +460,7 @@ def test_storage_released_and_restored(case: Case, dtype: torch.dtype, backend: 
     assert not difference(p.detach(), q.detach())
 
 
+@pytest.mark.contract("distributed")
 @parametrize([c for c in TORCH_CASES if c.name in ("Adam", "SGD")][:4], ("fp32",))
 def test_dtensor_parameters(case: Case, dtype: torch.dtype, backend: str) -> None:
     """One process, one shard: its local tensor is the parameter, but only DTensor's own code may know that."""

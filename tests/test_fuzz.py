@@ -31,6 +31,7 @@ from hypothesis import HealthCheck, given, note, settings
 STEP = Step((Grad(),))
 
 
+@pytest.mark.contract("fuzz", optimizers="all", backend="all")
 @settings(max_examples=150, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_programs(program: Program) -> None:
@@ -71,12 +72,14 @@ FOUND = {
 }
 
 
+@pytest.mark.contract("fuzz")
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("what", FOUND)
 def test_programs_that_failed_once(what: str, backend: str) -> None:
     FOUND[what](backend).run()
 
 
+@pytest.mark.contract("amp")
 @pytest.mark.parametrize("backend", backends(["native", "emulated"]))
 @pytest.mark.parametrize("case", by_id("sgd-momentum", "adam"), ids=lambda c: c.id)
 def test_an_expanded_gradient_is_not_unscaled(case: Case, backend: str) -> None:

@@ -61,6 +61,7 @@ def digests(optimizer: torch.optim.Optimizer, params: Sequence[torch.Tensor]) ->
     return result
 
 
+@pytest.mark.contract("state", optimizers="all")
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("version", VERSIONS)
 def test_checkpoints_of_every_version_continue_to_the_same_bits(version: str, backend: str) -> None:
@@ -90,6 +91,7 @@ def issubclass_of_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
 
 
+@pytest.mark.contract("state", optimizers="all")
 def test_what_was_saved_is_what_is_saved_today() -> None:
     """The same run saves the same checkpoint again: keys, their order, dtypes and bits."""
     saved = read(GOLDEN / f"fastopt-{fastopt.__version__}.pt.gz")

@@ -18,6 +18,8 @@ from peers import PEERS, SHAPES, STEPS, Peer, advance, available, in_groups, par
 
 import fastopt
 
+pytestmark = pytest.mark.contract("import")
+
 GOLDEN = Path(__file__).resolve().parent / "golden"
 RECORDS = {
     name: record for path in GOLDEN.glob("*.pt.gz") if "fastopt" not in path.name for name, record in read(path).items()
@@ -371,6 +373,7 @@ REFUSED: dict[str, tuple[str, Change, Callable[[Any], torch.optim.Optimizer], st
 }  # fmt: skip
 
 
+@pytest.mark.contract("import", optimizers="any")
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_continue_is_refused_before_anything_changes(what: str) -> None:
     name, change, make, text = REFUSED[what]

@@ -25,6 +25,8 @@ from harness import difference
 
 import fastopt
 
+pytestmark = pytest.mark.contract("live")
+
 LIVE = by_id("sgd-momentum", "adam-everything", "nadam", "adagrad", "ranger", "lookahead-adam")
 native_only = pytest.mark.parametrize("backend", backends(["native"]))
 each_backend = pytest.mark.parametrize("backend", backends())
@@ -189,6 +191,7 @@ def test_shared_memory(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert all(p.is_shared() for p in twins.ours)
 
 
+@pytest.mark.contract("live", "hooks")
 @parametrize(by_id("adam-everything", "ranger", "lookahead-adam"), ("fp32",))
 def test_steps_inside_backward(case: Case, dtype: torch.dtype, backend: str) -> None:
     """One optimizer per parameter, each stepping as soon as its gradient is there, which is freed at once."""
@@ -267,6 +270,7 @@ def test_swapped_tensors(case: Case, dtype: torch.dtype, backend: str) -> None:
     twins.step(3)
 
 
+@pytest.mark.contract("live", "wrappers")
 @pytest.mark.skipif(not hasattr(torch.optim, "swap_in_optimizer_params_and_state"), reason="added in torch 2.13")
 @native_only
 def test_swapped_in_parameters_and_state(backend: str) -> None:
@@ -315,6 +319,7 @@ def _spoil(p: torch.nn.Parameter, state: dict[str, Any], what: str) -> None:
         raise AssertionError(what)
 
 
+@pytest.mark.contract("memory", difference="failing steps")
 @pytest.mark.parametrize("what", [
     "state shorter", "state shrunk in place", "state on meta", "state no tensor", "state missing", "state complex",
     "parameter longer", "parameter view", "parameter reshaped", "step as a vector",
@@ -345,6 +350,7 @@ def test_state_that_does_not_fit_raises_and_nothing_else_is_touched(name: str, w
     assert all((g == 7.0).all() for g in guards)
 
 
+@pytest.mark.contract("memory", optimizers="SGD")
 @pytest.mark.parametrize("size", [50, 5000], ids=["shorter", "longer"])
 @pytest.mark.parametrize("what", ["parameter", "gradient"])
 @each_backend
@@ -361,6 +367,7 @@ def test_gradient_of_another_size_raises(what: str, size: int, backend: str) -> 
     assert torch.equal(p.detach(), before)
 
 
+@pytest.mark.contract("live", "layouts")
 @parametrize(by_id("adam", "sgd-momentum", "ranger"), ("fp32",))
 def test_model_cast_in_mid_run(case: Case, dtype: torch.dtype, backend: str) -> None:
     """model.double() after some steps: an error as in torch, or float64 arithmetic on the old states. Never misread."""
@@ -405,6 +412,7 @@ class _OutOfMemory:
 STATEFUL = by_id("sgd-momentum", "rmsprop-everything", "adam-amsgrad", "nadam", "radam", "ranger", "lookahead-adam")
 
 
+@pytest.mark.contract("memory", difference="failing steps")
 @parametrize(STATEFUL, ("fp32",))
 def test_out_of_memory_at_every_allocation_of_state(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The step fails at its k-th allocation, for every k; nothing has moved, and the repeated step is the true one."""
@@ -449,6 +457,7 @@ def test_out_of_memory_at_every_allocation_of_state(case: Case, dtype: torch.dty
     assert fail_at > 2
 
 
+@pytest.mark.contract("memory", difference="failing steps")
 @native_only
 def test_real_memory_runs_out(backend: str) -> None:
     """An address-space limit instead of a patched function: whatever allocates the state, in Python or in C++."""
@@ -484,6 +493,7 @@ def test_real_memory_runs_out(backend: str) -> None:
     assert "repeated:" in result.stdout
 
 
+@pytest.mark.contract("wrappers")
 def test_steps_of_two_optimizers_in_two_threads() -> None:
     """Nothing is shared between optimizers: each trajectory is the one it has alone."""
     case = by_id("adam-everything")[0]
@@ -518,6 +528,7 @@ def _python(script: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.contract("fallback")
 @native_only
 def test_extension_built_for_another_torch_is_reported_not_loaded(backend: str) -> None:
     script = """
@@ -552,6 +563,7 @@ def test_extension_built_for_another_torch_is_reported_not_loaded(backend: str) 
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.contract("fallback")
 def test_without_an_extension_the_package_works() -> None:
     """No compiler at install time: torch's own code for the classes torch has, the reference backend for the rest."""
     script = """
@@ -589,6 +601,7 @@ def test_without_an_extension_the_package_works() -> None:
     assert "compiler" in result.stdout
 
 
+@pytest.mark.contract("hooks", difference="compiled steps")
 @pytest.mark.skipif(importlib.util.find_spec("torch._dynamo") is None, reason="torch without dynamo")
 @pytest.mark.filterwarnings("error:Dynamo detected")
 @parametrize(by_id("sgd-momentum", "adam-amsgrad", "radam", "ranger", "lookahead-adam"), ("fp32",))
@@ -617,6 +630,7 @@ def test_compiled_training_step_gives_the_same_numbers(case: Case, dtype: torch.
     assert all(torch.equal(p, q) for p, q in zip(results[0][1], results[1][1], strict=True))
 
 
+@pytest.mark.contract("memory")
 @native_only
 @pytest.mark.parametrize("size", [10, 1 << 21], ids=["small", "large"])
 def test_unknown_instruction_set_is_refused_and_nothing_is_counted(size: int, backend: str) -> None:
@@ -639,6 +653,7 @@ def test_unknown_instruction_set_is_refused_and_nothing_is_counted(size: int, ba
     assert result.returncode == 0, result.stderr or f"exit status {result.returncode}"
 
 
+@pytest.mark.contract("hooks", difference="compiled steps")
 @native_only
 def test_compiled_step_method(backend: str) -> None:
     p, q = torch.nn.Parameter(ramp(9)), torch.nn.Parameter(ramp(9))
@@ -652,6 +667,7 @@ def test_compiled_step_method(backend: str) -> None:
     assert not difference(p.detach(), q.detach())
 
 
+@pytest.mark.contract("memory")
 @native_only
 def test_long_runs_do_not_grow(backend: str) -> None:
     """Schedules that never repeat a value, gradients that come and go: memory after 9,000 steps is that after 4,000."""

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import fastopt
 
+pytestmark = pytest.mark.contract("lookahead", optimizers="Lookahead")
+
 # name -> makes the inner optimizer. Ours run fused with Lookahead; the rest is foreign code, lazily initialised or not.
 INNER: dict[str, Callable[[Any], Any]] = {
     "ours-sgd": lambda ps: fastopt.SGD(ps, lr=0.1, momentum=0.9),
@@ -138,6 +140,7 @@ BAD: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.contract("lookahead", "construction", optimizers="Lookahead")
 @pytest.mark.parametrize("kwargs", BAD, ids=str)
 def test_bad_arguments_are_refused_before_anything_changes(kwargs: dict[str, Any]) -> None:
     inner = fastopt.Adam(params())
@@ -148,6 +151,7 @@ def test_bad_arguments_are_refused_before_anything_changes(kwargs: dict[str, Any
     assert [list(g) for g in inner.param_groups] == [list(g) for g in before]
 
 
+@pytest.mark.contract("lookahead", "construction", optimizers="Lookahead")
 def test_only_optimizers_are_wrapped() -> None:
     with pytest.raises(TypeError, match="Optimizer"):
         fastopt.Lookahead(params())  # type: ignore[arg-type]
@@ -197,6 +201,7 @@ def test_groups_may_have_their_own_k_and_alpha(inner: str) -> None:
     assert torch.equal(ps[1], free[1])
 
 
+@pytest.mark.contract("lookahead", "live", optimizers="Lookahead")
 @each_inner
 def test_k_and_alpha_edited_in_the_group_take_effect(inner: str) -> None:
     ps = params()
@@ -208,6 +213,7 @@ def test_k_and_alpha_edited_in_the_group_take_effect(inner: str) -> None:
     assert same(ps, params())
 
 
+@pytest.mark.contract("lookahead", "live", optimizers="Lookahead")
 @each_inner
 def test_late_gradients(inner: str) -> None:
     """Slow weights are the value before the parameter's own first step, and the group's counter rules."""
@@ -233,6 +239,7 @@ def test_parameters_without_a_gradient_are_pulled_back_too(inner: str) -> None:
     assert same(ps, params())
 
 
+@pytest.mark.contract("lookahead", "live", optimizers="Lookahead")
 @each_inner
 def test_frozen_and_unused_parameters(inner: str) -> None:
     ps = [*params(), torch.nn.Parameter(ramp(3), requires_grad=False), torch.nn.Parameter(ramp(4))]
@@ -249,6 +256,7 @@ def _saved(optimizer: Any) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
+@pytest.mark.contract("lookahead", "state", optimizers="Lookahead")
 @each_inner
 @pytest.mark.parametrize("at", [1, 5, 8])
 def test_resume_is_exact(inner: str, at: int) -> None:
@@ -265,6 +273,7 @@ def test_resume_is_exact(inner: str, at: int) -> None:
     assert same(whole, second)
 
 
+@pytest.mark.contract("lookahead", "state", optimizers="Lookahead")
 @each_inner
 def test_state_dict_is_flat(inner: str) -> None:
     ps = params()
@@ -278,6 +287,7 @@ def test_state_dict_is_flat(inner: str) -> None:
     assert (group["lookahead_k"], group["lookahead_alpha"], group["lookahead_step"]) == (5, 0.5, 2)
 
 
+@pytest.mark.contract("lookahead", "state", optimizers="Lookahead")
 @each_inner
 def test_checkpoint_of_the_inner_optimizer_alone_loads(inner: str) -> None:
     """Slow weights then start as the parameters are, and the counter at zero."""
@@ -297,6 +307,7 @@ def test_checkpoint_of_the_inner_optimizer_alone_loads(inner: str) -> None:
         assert not same(ps, params())
 
 
+@pytest.mark.contract("lookahead", "state", optimizers="Lookahead")
 @each_inner
 def test_lr_edited_after_loading_takes_effect(inner: str) -> None:
     ps = params()
@@ -312,6 +323,7 @@ def test_lr_edited_after_loading_takes_effect(inner: str) -> None:
         assert same(ps, before)
 
 
+@pytest.mark.contract("lookahead", "state", optimizers="Lookahead", difference="shapes of loaded states")
 @each_inner
 def test_wrong_shape_of_slow_weights_is_refused(inner: str) -> None:
     ps = params()
@@ -325,6 +337,7 @@ def test_wrong_shape_of_slow_weights_is_refused(inner: str) -> None:
     assert optimizer.param_groups[0]["lr"] != 9.0
 
 
+@pytest.mark.contract("lookahead", "wrappers", optimizers="Lookahead")
 @each_inner
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies(inner: str, how: str) -> None:
@@ -347,6 +360,7 @@ def test_copies(inner: str, how: str) -> None:
     assert same(ps, fresh)
 
 
+@pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
 @each_inner
 def test_hooks_of_wrapper_and_inner_fire_once_in_order(inner: str) -> None:
     ps, calls = params(), []
@@ -367,6 +381,7 @@ def test_hooks_of_wrapper_and_inner_fire_once_in_order(inner: str) -> None:
     assert calls == ["save pre", "save post", "load pre", "load post"]
 
 
+@pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
 @each_inner
 def test_hook_that_edits_the_dict(inner: str) -> None:
     """Post-save and pre-load hooks may return another dict."""
@@ -384,6 +399,7 @@ def test_hook_that_edits_the_dict(inner: str) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
 @each_inner
 def test_closure(inner: str) -> None:
     """Called once, with gradients enabled, its loss returned; first gradients may appear inside it."""
@@ -414,6 +430,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.contract("lookahead", "schedulers", optimizers="Lookahead")
 @pytest.mark.parametrize("on", ["wrapper", "inner"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("inner", ["ours-sgd", "ours-adam", "ours-ranger", "torch-sgd", "torch-adam"])
@@ -465,6 +482,7 @@ AMP = {
 }
 
 
+@pytest.mark.contract("lookahead", "amp", optimizers="Lookahead")
 @pytest.mark.parametrize("inner", AMP)
 @pytest.mark.parametrize("bad", [{0}, {4}, {2, 3}], ids=["first", "synchronising", "middle"])
 def test_gradscaler_overflow_neither_counts_nor_pulls_back(inner: str, bad: set[int]) -> None:
@@ -490,6 +508,7 @@ def test_gradscaler_overflow_neither_counts_nor_pulls_back(inner: str, bad: set[
     assert optimizer.param_groups[0]["lookahead_step"] == 12 - len(bad)
 
 
+@pytest.mark.contract("lookahead", "amp", optimizers="Lookahead")
 def test_amp_scaling_is_left_to_the_scaler_unless_the_inner_optimizer_does_it() -> None:
     for inner, expected in (("ours-adam", False), ("ours-fused-adam", True), ("torch-adam", False)):
         optimizer = fastopt.Lookahead(AMP[inner](params()))
@@ -521,6 +540,7 @@ def test_slow_weights_context(inner: str) -> None:
         assert same(ps, free), "right after a synchronisation slow and fast weights are the same"
 
 
+@pytest.mark.contract("lookahead", "state", "distributed", optimizers="Lookahead")
 @each_inner
 def test_distributed_checkpoint_functions(inner: str) -> None:
     """get/set_optimizer_state_dict, into a model that has never stepped: nothing lost, nothing advanced."""
@@ -571,6 +591,7 @@ def test_around_ours_it_is_one_pass(case: Case, dtype: torch.dtype, backend: str
     assert backend in text
 
 
+@pytest.mark.contract("lookahead", "memory", optimizers="Lookahead")
 def test_nothing_is_kept_alive() -> None:
     for inner in INNER:
         ps = params()
@@ -606,6 +627,7 @@ def test_momentum_is_left_to_the_inner_optimizer() -> None:
         assert p.item() == expected
 
 
+@pytest.mark.contract("lookahead", "low precision", optimizers="Lookahead")
 @each_backend
 def test_oracle_and_wrapper_agree_on_low_precision_parameters(backend: str) -> None:
     """bf16: the slow weights have the parameter's dtype and the pull-back is computed in float32."""

@@ -22,6 +22,8 @@ import pytest
 import torch
 from cases import Case, backends, by_id
 
+pytestmark = pytest.mark.contract("memory")
+
 STEPS = 1100  # more than any cache holds settings (1,024)
 CHUNK = 32  # bytes: the smallest that the C library hands out, so one lost at every step shows
 OBJECT = 16  # bytes: the same of Python

@@ -18,6 +18,8 @@ from harness import Built, Scenario, Spec, assert_same, check, difference, signa
 
 import fastopt
 
+pytestmark = pytest.mark.contract("numbers", difference="square roots")
+
 S = Spec
 SIZES = Scenario(
     "sizes",
@@ -109,11 +111,13 @@ def test_sizes(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, SIZES, dtype, backend)
 
 
+@pytest.mark.contract("numbers", "layouts", difference="square roots")
 @parametrize()
 def test_layouts(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, LAYOUTS, dtype, backend)
 
 
+@pytest.mark.contract("numbers", "live", difference="square roots")
 @parametrize()
 def test_intermittent_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, INTERMITTENT, dtype, backend)
@@ -124,6 +128,7 @@ def test_special_values(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, SPECIAL, dtype, backend)
 
 
+@pytest.mark.contract("numbers")
 @parametrize([c for c in CASES if c.interpolates_fully], names=["native"])
 def test_backends_agree_on_the_signs_of_zeros(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The cases in which torch itself does not define them."""
@@ -162,6 +167,7 @@ LOW_PRECISION = Scenario(
 )
 
 
+@pytest.mark.contract("low precision", difference="low precision")
 @parametrize(dtypes=("bf16", "fp16"))
 def test_low_precision(case: Case, dtype: torch.dtype, backend: str) -> None:
     """fp32 arithmetic, one rounding per stored value."""
@@ -172,6 +178,7 @@ def _mixed_dtypes(dtypes: list[str]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.linspace(-1, 1, 5 + 9 * i).to(DTYPES[d])) for i, d in enumerate(dtypes)]
 
 
+@pytest.mark.contract("layouts")
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize(
     "case", by_id("sgd-momentum", "adam-amsgrad", "nadam-coupled", "ranger-decay", "lookahead-adam"), ids=lambda c: c.id
@@ -196,6 +203,7 @@ def _rms(values: torch.Tensor, truth: torch.Tensor) -> float:
 ACCURACY = Scenario("accuracy", (S((30_000,)),), steps=10)
 
 
+@pytest.mark.contract("numbers")
 @parametrize([c for c in PLAIN if c.name != "Ranger"], ("fp32", "bf16"))
 def test_no_less_accurate_than_torch(case: Case, dtype: torch.dtype, backend: str) -> None:
     """rms distance to the float64 trajectory <= 1.01 times torch.optim's (0.01: two random samples of rounding)."""
@@ -253,6 +261,7 @@ def test_square_roots_are_rounded_to_nearest(case: Case, dtype: torch.dtype, bac
     assert torch.equal(p.detach(), -(torch.full_like(p, 1e-20) / oracles.rounded_sqrt(total)))
 
 
+@pytest.mark.contract("numbers")
 @parametrize(CASES, ("fp32", "bf16"))
 def test_lr_zero_and_zero_gradients_leave_parameters_untouched(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Checkpoint loaders create optimizer state with exactly this step. (A zero may change its sign, as in torch.)"""
@@ -276,6 +285,7 @@ def _digests_in_this_process() -> dict[str, str]:
     return digests.digests()
 
 
+@pytest.mark.contract("numbers", optimizers="all")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("backend", backends(["native"]))
 def test_instruction_sets_agree(isa: str, backend: str) -> None:
@@ -297,6 +307,7 @@ def test_instruction_sets_agree(isa: str, backend: str) -> None:
     assert not [key for key in want if got[key] != want[key]]
 
 
+@pytest.mark.contract("numbers")
 @pytest.mark.parametrize("backend", backends(["native"]))
 def test_backend_none_gives_the_same_numbers(backend: str) -> None:
     """Where there are kernels; without them torch's own code runs, with torch's own square root."""

@@ -33,6 +33,8 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, get_er
 
 import fastopt
 
+pytestmark = pytest.mark.contract("database")
+
 INFO = {info.name: info for info in optim_db if info.name in TORCH_NAMES}
 FUSED = [name for name in TORCH_NAMES if "fused" in INFO[name].supported_impls]
 
@@ -56,7 +58,7 @@ _tested: set[str] = set()
 def differs(name: str) -> Callable[[Any], Any]:
     """Marks the test of a difference."""
     _tested.add(name)
-    return lambda test: test
+    return pytest.mark.contract("database", difference=name)
 
 
 def plain(value: Any) -> Any:
@@ -218,6 +220,7 @@ def _errors() -> list[Any]:
     ]
 
 
+@pytest.mark.contract("database", "construction")
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(("name", "error"), _errors())
 @each_backend
@@ -279,6 +282,7 @@ def step_all(schedulers: list[Any], loss: float) -> None:
         scheduler.step(loss) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
 
 
+@pytest.mark.contract("database", "schedulers")
 @pytest.mark.parametrize(("case", "makers", "backend"), _scheduled())
 def test_param_group_with_lrscheduler_goes_right_direction(case: Case, makers: Any, backend: str) -> None:
     """Two groups with learning rates of their own, under each of the database's combinations of schedulers."""
@@ -369,6 +373,7 @@ def test_complex_2d(case: Case, backend: str) -> None:
         torch.testing.assert_close(z.detach(), torch.complex(*parts).detach())
 
 
+@pytest.mark.contract("database", "state", optimizers=("Adam", "AdamW"))
 def test_adamw_serialization() -> None:
     """AdamW is Adam with one flag: their checkpoints load into each other, and AdamW stays AdamW."""
 
@@ -480,6 +485,7 @@ def test_fused_error_on_params_on_meta(name: str, backend: str, how: str) -> Non
     assert all((p < 1).all() for p in model.parameters())
 
 
+@pytest.mark.contract("database", "amp")
 @pytest.mark.parametrize("name", FUSED)
 @each_backend
 def test_fused_does_not_step_if_foundinf(name: str, backend: str) -> None:

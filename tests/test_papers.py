@@ -11,6 +11,8 @@ from cases import backends
 
 import fastopt
 
+pytestmark = pytest.mark.contract("numbers")
+
 each_backend = pytest.mark.parametrize("backend", backends())
 
 
@@ -30,6 +32,7 @@ def online(optimizer: Any, x: torch.Tensor, slopes: Any, alpha: float, steps: in
     return total / steps
 
 
+@pytest.mark.contract("numbers", optimizers="Adam")
 @pytest.mark.parametrize(("C", "adam_at_least", "amsgrad_at_most"), [(3.0, 0.99, -0.99), (10.0, 0.99, -0.99)])
 @pytest.mark.parametrize("backend", backends(["native"]))
 def test_amsgrad_theorem_1(C: float, adam_at_least: float, amsgrad_at_most: float, backend: str) -> None:
@@ -53,6 +56,7 @@ def test_amsgrad_theorem_1(C: float, adam_at_least: float, amsgrad_at_most: floa
     assert (amsgrad_regret.abs() < 0.03 * 2 * (C - 2) / 3).all()
 
 
+@pytest.mark.contract("numbers", optimizers="Adam")
 @pytest.mark.parametrize("backend", backends(["native"]))
 def test_amsgrad_section_5(backend: str) -> None:
     """f_t = 1010 x every 101st step, else -10 x; beta = (.9, .99). The optimum is -1; Adam goes to +1."""
@@ -66,6 +70,7 @@ def test_amsgrad_section_5(backend: str) -> None:
     assert ends[1] < -0.95
 
 
+@pytest.mark.contract("numbers", optimizers="Adam")
 @pytest.mark.parametrize("backend", backends(["native"]))
 def test_amsgrad_section_5_stochastic(backend: str) -> None:
     """1010 x with probability .01, else -10 x, on 64 independent coordinates with constant steps.
@@ -108,6 +113,7 @@ def test_invariance_to_the_scale_of_all_gradients(name: str, kwargs: dict[str, A
     assert torch.equal(*runs)
 
 
+@pytest.mark.contract("numbers", optimizers="Adam")
 @each_backend
 def test_adam_first_step_is_lr_times_the_sign(backend: str) -> None:
     """|delta_1| = lr |g| / (|g| + eps), whatever the betas."""
@@ -119,6 +125,7 @@ def test_adam_first_step_is_lr_times_the_sign(backend: str) -> None:
     torch.testing.assert_close(p.detach(), -0.1 * g / (g.abs() + 1e-3), rtol=1e-6, atol=0)
 
 
+@pytest.mark.contract("numbers", optimizers="Adamax")
 @each_backend
 def test_adamax_never_moves_farther_than_lr(backend: str) -> None:
     p = torch.nn.Parameter(torch.zeros(50))
@@ -130,6 +137,7 @@ def test_adamax_never_moves_farther_than_lr(backend: str) -> None:
         assert ((p.detach() - before).abs() <= 0.1 * (1 + 1e-5)).all()
 
 
+@pytest.mark.contract("numbers", optimizers="Adagrad")
 @each_backend
 def test_adagrad_under_a_constant_gradient_moves_as_one_over_root_t(backend: str) -> None:
     """|delta_t| = lr / sqrt(t) exactly, up to eps."""
@@ -142,6 +150,7 @@ def test_adagrad_under_a_constant_gradient_moves_as_one_over_root_t(backend: str
         assert before - p.item() == pytest.approx(0.5 / math.sqrt(t), rel=1e-12)
 
 
+@pytest.mark.contract("numbers", optimizers="SGD")
 @each_backend
 @pytest.mark.parametrize("kappa", [10.0, 100.0])
 def test_gradient_descent_and_heavy_ball_have_the_textbook_rates(kappa: float, backend: str) -> None:
@@ -164,6 +173,7 @@ def test_gradient_descent_and_heavy_ball_have_the_textbook_rates(kappa: float, b
         assert measured == pytest.approx(rate, rel=0.02)
 
 
+@pytest.mark.contract("numbers", optimizers="Lookahead")
 @each_backend
 def test_lookahead_stabilises_a_learning_rate_that_diverges_alone(backend: str) -> None:
     """The paper's section 3: on a quadratic, interpolation damps an inner loop whose steps are too long."""

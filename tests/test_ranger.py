@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import fastopt
 
+pytestmark = pytest.mark.contract("ranger", optimizers="Ranger")
+
 each_backend = pytest.mark.parametrize("backend", backends())
 
 
@@ -46,6 +48,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return all(not difference(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
 
 
+@pytest.mark.contract("ranger", "numbers", optimizers="Ranger")
 @each_backend
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -67,6 +70,7 @@ def test_alpha_one_without_centralisation_is_radam(dtype: torch.dtype, decay: fl
                 assert torch.equal(ranger.state[p][key], radam.state[q][key])
 
 
+@pytest.mark.contract("ranger", "construction", optimizers="Ranger")
 def test_signature_and_defaults() -> None:
     signature = inspect.signature(fastopt.Ranger)
     defaults = {name: p.default for name, p in signature.parameters.items()}
@@ -93,6 +97,7 @@ BAD: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.contract("ranger", "construction", optimizers="Ranger")
 @pytest.mark.parametrize("kwargs", BAD, ids=lambda kw: str(kw).replace(" ", ""))
 def test_bad_hyper_parameters_are_refused(kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r".") as error:
@@ -102,12 +107,14 @@ def test_bad_hyper_parameters_are_refused(kwargs: dict[str, Any]) -> None:
         assert str(value) in str(error.value), "the message must say what was given"
 
 
+@pytest.mark.contract("ranger", "construction", optimizers="Ranger")
 @pytest.mark.parametrize("kwargs", [{"n_sma_threshold": 3}, {"k": 0}, {"alpha": 2.0}], ids=str)
 def test_bad_values_in_a_group_are_refused(kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         fastopt.Ranger([{"params": params(), **kwargs}])
 
 
+@pytest.mark.contract("ranger", "state", optimizers="Ranger")
 @each_backend
 def test_states_and_their_order(backend: str) -> None:
     ps = params()
@@ -169,6 +176,7 @@ def test_the_mean_is_accumulated_in_float64(shape: tuple[int, ...], dtype: torch
         torch.testing.assert_close(-p.detach().double(), exact, rtol=0, atol=tolerance)
 
 
+@pytest.mark.contract("ranger", "layouts", optimizers="Ranger")
 @each_backend
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "gradient transposed", "expanded"])
 def test_centralisation_follows_dimensions_and_not_memory(layout: str, backend: str) -> None:
@@ -291,6 +299,7 @@ def test_4_never_ascends(degenerated: bool, backend: str) -> None:
         assert p.item() <= before
 
 
+@pytest.mark.contract("ranger", "hooks", optimizers="Ranger")
 @each_backend
 def test_5_closure_is_called_and_its_loss_returned(backend: str) -> None:
     ps, calls = params(), []
@@ -308,6 +317,7 @@ def test_5_closure_is_called_and_its_loss_returned(backend: str) -> None:
     assert not same(ps, params())
 
 
+@pytest.mark.contract("ranger", "hooks", optimizers="Ranger")
 @each_backend
 def test_6_gradients_are_left_alone(backend: str) -> None:
     ps = params()
@@ -320,6 +330,7 @@ def test_6_gradients_are_left_alone(backend: str) -> None:
     assert all(torch.equal(g, wave(p.shape, 1) + 1) and g._version == 0 for p, g in zip(ps, grads, strict=True))
 
 
+@pytest.mark.contract("ranger", "wrappers", optimizers="Ranger")
 @each_backend
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_7_copies_are_complete(how: str, backend: str) -> None:
@@ -392,6 +403,7 @@ def test_it_is_an_optimizer() -> None:
     assert "backend" not in optimizer.param_groups[0]
 
 
+@pytest.mark.contract("ranger", "state", optimizers="Ranger")
 @each_backend
 @pytest.mark.parametrize("at", [1, 5, 6, 9])
 def test_resume_is_exact(at: int, backend: str) -> None:
@@ -409,6 +421,7 @@ def test_resume_is_exact(at: int, backend: str) -> None:
     assert same(whole, second)
 
 
+@pytest.mark.contract("ranger", "import", optimizers="Ranger")
 @each_backend
 def test_checkpoint_of_the_original_loads(backend: str) -> None:
     """lessw2020's file: `step` as an int, the misspelt key, no keys of ours, slow_buffer in float32."""
@@ -444,6 +457,7 @@ def test_slow_weights_context(backend: str) -> None:
     assert twin.state[untouched[0]]["step"] == 11
 
 
+@pytest.mark.contract("ranger", "schedulers", optimizers="Ranger")
 @pytest.mark.parametrize("make", [
     lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9),
     lambda o: torch.optim.lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
@@ -465,6 +479,7 @@ def test_schedulers(make: Any, backend: str) -> None:
     assert len(seen) > 3
 
 
+@pytest.mark.contract("ranger", "state", "distributed", optimizers="Ranger")
 @each_backend
 def test_distributed_checkpoint_functions(backend: str) -> None:
     torch.manual_seed(0)
@@ -481,6 +496,7 @@ def test_distributed_checkpoint_functions(backend: str) -> None:
     assert same(list(model.parameters()), list(twin.parameters()))
 
 
+@pytest.mark.contract("ranger", "live", "hooks", optimizers="Ranger")
 @each_backend
 def test_add_param_group_and_hooks(backend: str) -> None:
     ps, calls = params(), []
@@ -493,6 +509,7 @@ def test_add_param_group_and_hooks(backend: str) -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.contract("ranger", "fallback", optimizers="Ranger")
 def test_sparse_gradients_are_refused_by_name() -> None:
     p = torch.nn.Parameter(torch.ones(4, 3))
     other = torch.nn.Parameter(torch.ones(3))
@@ -503,6 +520,7 @@ def test_sparse_gradients_are_refused_by_name() -> None:
     assert torch.equal(other, torch.ones(3))
 
 
+@pytest.mark.contract("ranger", "fallback", optimizers="Ranger")
 @each_backend
 def test_complex_parameters(backend: str) -> None:
     """Real and imaginary parts are separate coordinates, as in every torch rule."""
@@ -518,6 +536,7 @@ def test_complex_parameters(backend: str) -> None:
     torch.testing.assert_close(torch.view_as_real(z.detach()), pair.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.contract("ranger", "layouts", optimizers="Ranger")
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 def test_parameter_given_twice_steps_twice() -> None:
     """torch warns about it and then steps in turn; both updates see their own t."""

@@ -21,6 +21,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 import fastopt
 
+pytestmark = pytest.mark.contract("schedulers")
+
 STEPS = 11
 
 

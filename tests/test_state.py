@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import fastopt
 
+pytestmark = pytest.mark.contract("state")
+
 EVERY_RULE = by_id(
     "sgd-momentum", "rmsprop-everything", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam-decoupled",
     "ranger", "lookahead-sgd-nesterov", "lookahead-adam", "lookahead-ranger",
@@ -34,6 +36,7 @@ def mid_run(case: Case, dtype: torch.dtype, backend: str) -> tuple[Any, Any]:
     return optimizer, built
 
 
+@pytest.mark.contract("state", difference=("dtypes of loaded states", "ownership of loaded states"))
 @parametrize(EVERY_RULE, ("fp32", "bf16"), names=["native"])
 @pytest.mark.parametrize("state_dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 def test_loading_keeps_every_dtype_bit_for_bit_and_shares_nothing(
@@ -65,6 +68,7 @@ def test_loading_keeps_every_dtype_bit_for_bit_and_shares_nothing(
     )  # fmt: skip
 
 
+@pytest.mark.contract("state", difference=("dtypes of loaded states", "ownership of loaded states"))
 def test_torch_casts_and_shares_states() -> None:
     """What the test above is about, so that the claim stays true."""
     p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
@@ -79,6 +83,7 @@ def test_torch_casts_and_shares_states() -> None:
     assert ours.state[q]["exp_avg"] is not saved["exp_avg"]
 
 
+@pytest.mark.contract("state", "layouts", difference="mixed dtypes")
 @parametrize(PLAIN_RULES, ("fp32",))
 def test_states_that_a_hook_put_there_in_another_dtype_are_used(case: Case, dtype: torch.dtype, backend: str) -> None:
     """bf16 states of fp32 parameters, as trainers create them: arithmetic in float32, one rounding on store."""
@@ -308,6 +313,7 @@ class HalfUsed(torch.nn.Module):
         return self.used(x)
 
 
+@pytest.mark.contract("state", "distributed")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     "make",

@@ -8,6 +8,7 @@ skipped. The faults, with torch's issues, are listed in docs/differences.md.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from harness import Spec, difference, outside, place
 from torch import Tensor
 
 import fastopt
+
+faults = functools.partial(pytest.mark.contract, "faults", difference="faults of torch that are not reproduced")
+pytestmark = faults()
 
 SEEN_IN = (2, 13)
 FUSED = ("SGD", "Adagrad", "Adam", "AdamW")
@@ -47,6 +51,7 @@ def ones(n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Parameter
 low = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
+@faults(optimizers="SGD")
 @low
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_torch_sgd_in_low_precision_moves_only_the_tail(dtype: torch.dtype, momentum: float) -> None:
@@ -57,6 +62,7 @@ def test_torch_sgd_in_low_precision_moves_only_the_tail(dtype: torch.dtype, mome
     assert 0 < (p != 0).sum() < 64  # the rest of a division by the width of a vector
 
 
+@faults(optimizers="SGD")
 @low
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @each_backend
@@ -130,6 +136,7 @@ def unfreeze(optimizer: Any, first: Tensor, second: Tensor) -> None:
     optimizer.step()
 
 
+@faults(optimizers="SGD")
 def test_torch_sgd_cannot_unfreeze_a_parameter() -> None:
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
     optimizer, error = stock("SGD", params, lr=1.0, momentum=0.9, fused=True), ""
@@ -140,6 +147,7 @@ def test_torch_sgd_cannot_unfreeze_a_parameter() -> None:
     assert_fault("NoneType" in error, "SGD(fused=True, momentum) fails on a gradient that comes late")
 
 
+@faults(optimizers="SGD")
 @each_backend
 def test_sgd_unfreezes_a_parameter(backend: str) -> None:
     params, twins = ([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)] for _ in range(2))
@@ -165,6 +173,7 @@ def overflow_first(optimizer: Any, p: Tensor) -> None:
         optimizer.step()
 
 
+@faults(optimizers="SGD")
 @pytest.mark.usefixtures("_uninitialised_memory_is_nan")
 def test_torch_sgd_uses_uninitialised_momentum_after_an_overflow() -> None:
     """The first step is skipped, but leaves a momentum_buffer that nobody has written to."""
@@ -173,6 +182,7 @@ def test_torch_sgd_uses_uninitialised_momentum_after_an_overflow() -> None:
     assert_fault(not torch.equal(p, -torch.ones(3)), "SGD(fused=True, momentum) after an overflow in its first step")
 
 
+@faults(optimizers="SGD")
 @pytest.mark.usefixtures("_uninitialised_memory_is_nan")
 @pytest.mark.parametrize("kwargs", [{}, {"nesterov": True}, {"dampening": 0.5}], ids=["plain", "nesterov", "damped"])
 @each_backend
@@ -299,6 +309,7 @@ def reloaded_product(module: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return product, optimizer.state[p]["mu_product"]
 
 
+@faults(optimizers="NAdam")
 def test_torch_rounds_mu_product_on_loading() -> None:
     """Not a fused kernel's, but as silent: a product of factors close to one, to the three digits of bf16."""
     before, after = reloaded_product(torch.optim)
@@ -306,6 +317,7 @@ def test_torch_rounds_mu_product_on_loading() -> None:
     assert before != after
 
 
+@faults(optimizers="NAdam")
 @each_backend
 def test_mu_product_survives_loading(backend: str) -> None:
     before, after = reloaded_product(fastopt, backend=backend)

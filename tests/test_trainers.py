@@ -28,9 +28,10 @@ OPTIMIZERS: dict[str, Make] = {
     "lookahead": lambda ps: fastopt.Lookahead(fastopt.RAdam(ps, lr=0.05), k=3),
 }
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # the trainers' own: few workers, no logger, torch's renamed functions
+pytestmark = [
+    pytest.mark.contract("wrappers"),
+    pytest.mark.filterwarnings("ignore"),  # the trainers' own: few workers, no logger, torch's renamed functions
+]
 
 
 def package(name: str) -> Any:
@@ -204,6 +205,7 @@ def test_lightning(name: str, tmp_path: pathlib.Path) -> None:
     assert_same(parameters(resumed), plainly(make, 0.5, 0.9, repeat=2))
 
 
+@pytest.mark.contract("wrappers", "amp")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("backend", backends())
 def test_lightnings_check_of_clipping_under_amp(fused: bool, backend: str) -> None:

@@ -42,6 +42,7 @@ INTERPRETED = {
 }
 
 
+@pytest.mark.contract("numbers", backend="triton")
 @needs_triton
 @pytest.mark.parametrize("part", INTERPRETED.values(), ids=INTERPRETED)
 def test_interpreted(part: tuple[str, ...]) -> None:

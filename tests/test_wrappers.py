@@ -30,6 +30,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import fastopt
 
+pytestmark = pytest.mark.contract("wrappers")
+
 EVERY = by_id("sgd-momentum", "rmsprop-centered", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam")
 EVERY += by_id("ranger", "lookahead-adam", "lookahead-ranger")
 SOME = by_id("sgd-momentum", "adam-amsgrad", "nadam", "ranger", "lookahead-adam")
@@ -89,6 +91,7 @@ SAVE = ["save first", "save pre", "save post"]
 LOAD = ["load first", "load pre", "load post first", "load post"]
 
 
+@pytest.mark.contract("hooks")
 @parametrize(EVERY, ["fp32"])
 def test_every_kind_of_hook_fires_once_and_in_order(case: Case, dtype: torch.dtype, backend: str) -> None:
     """In a run of steps, saves and loads; also where the torch class's own step has been wrapped before."""
@@ -109,6 +112,7 @@ def test_every_kind_of_hook_fires_once_and_in_order(case: Case, dtype: torch.dty
     assert len(calls) == 3 * len(STEP) + len(SAVE) + len(LOAD)
 
 
+@pytest.mark.contract("hooks", "wrappers")
 @parametrize(EVERY, ["fp32"])
 def test_step_hooks_under_everything_that_replaces_step(case: Case, dtype: torch.dtype, backend: str) -> None:
     """A scheduler wraps step as an attribute of the instance, a closure is given, a profiler runs: still once."""
@@ -150,6 +154,7 @@ def test_subclass_that_calls_our_step(case: Case, dtype: torch.dtype, backend: s
     assert calls == ["step pre", "mine", "step post"] * 3
 
 
+@pytest.mark.contract("hooks")
 def test_load_hooks_may_exchange_the_dict() -> None:
     """A pre-hook returns another dict, a state-dict post-hook too: theirs count."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -169,6 +174,7 @@ def test_load_hooks_may_exchange_the_dict() -> None:
     assert optimizer.state[p]["exp_avg"].tolist() == [5.0] * 3
 
 
+@pytest.mark.contract("hooks", "wrappers")
 @parametrize(EVERY, ["fp32"])
 def test_step_as_an_attribute_of_the_instance(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Accelerate and schedulers put a step there; the original is called through it, and comes back when it goes."""
@@ -329,6 +335,7 @@ def test_composer_clears_everything_and_adds_the_groups_again(case: Case, dtype:
     twins.step(4, lambda: twins.optimizer.step(closure=lambda: None))
 
 
+@pytest.mark.contract("live", "wrappers")
 @parametrize(SOME, ["fp32"])
 def test_offloading_swaps_the_memory_of_states(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The tensors stay, their data goes away after each step and comes back elsewhere."""
@@ -346,6 +353,7 @@ def test_offloading_swaps_the_memory_of_states(case: Case, dtype: torch.dtype, b
     twins.step(6, step)
 
 
+@pytest.mark.contract("live", "wrappers")
 @parametrize(SOME, ["fp32"])
 def test_the_state_is_another_dict(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Rebuilt with other inner dicts, another order of keys and another type of dict."""
@@ -371,6 +379,7 @@ needs_swap = pytest.mark.skipif(
 )
 
 
+@pytest.mark.contract("live", "wrappers")
 @needs_swap
 @parametrize(EVERY, ["fp32"])
 def test_swapped_in_parameters_and_states(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -397,6 +406,7 @@ def test_swapped_in_parameters_and_states(case: Case, dtype: torch.dtype, backen
     twins.step()
 
 
+@pytest.mark.contract("fallback")
 @needs_swap
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_a_step_can_be_traced_with_fake_tensors(name: str) -> None:
@@ -435,6 +445,7 @@ def test_a_step_can_be_traced_with_fake_tensors(name: str) -> None:
     assert trace(getattr(fastopt, name)) == trace(getattr(torch.optim, name))
 
 
+@pytest.mark.contract("hooks", difference="compiled steps")
 @pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
