@@ -58,6 +58,29 @@ void load(Dtype dtype, const void* from, T* to, int64_t n) {
   }
 }
 
+// The instruction that rounds 32 floats at once takes subnormal numbers for zero and keeps the bits of NaNs: where
+// there is either, the portable form does it. Half the time of the compiler's own code for that, measured on a Zen 4.
+#if defined(__AVX512DQ__)
+#define FASTOPT_HAS_BF16 __builtin_cpu_supports("avx512bf16")
+__attribute__((target("avx512bf16"))) int64_t store_bf16(const float* from, uint16_t* to, int64_t n) {
+  constexpr int nan_or_subnormal = 0xa1;
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m512 low = _mm512_loadu_ps(from + i), high = _mm512_loadu_ps(from + i + 16);
+    if (_mm512_fpclass_ps_mask(low, nan_or_subnormal) | _mm512_fpclass_ps_mask(high, nan_or_subnormal)) [[unlikely]] {
+      for (int64_t k = i; k < i + 32; ++k) to[k] = to_bf16(from[k]);
+    } else {
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+      std::memcpy(to + i, &rounded, sizeof rounded);
+    }
+  }
+  return i;
+}
+#else
+#define FASTOPT_HAS_BF16 false
+int64_t store_bf16(const float*, uint16_t*, int64_t) { return 0; }
+#endif
+
 template <class T>
 void store(Dtype dtype, const T* from, void* to, int64_t n) {
   switch (dtype) {
@@ -67,9 +90,13 @@ void store(Dtype dtype, const T* from, void* to, int64_t n) {
     case Dtype::f64:
       for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = from[i];
       break;
-    case Dtype::bf16:
-      for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(narrow(from[i]));
+    case Dtype::bf16: {
+      int64_t i = 0;
+      if constexpr (sizeof(T) == 4)
+        if (FASTOPT_HAS_BF16) i = store_bf16(from, static_cast<uint16_t*>(to), n);
+      for (; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(narrow(from[i]));
       break;
+    }
     case Dtype::f16: {
       int64_t i = 0;
 #if defined(__F16C__)

@@ -178,6 +178,22 @@ def _mixed_dtypes(dtypes: list[str]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.linspace(-1, 1, 5 + 9 * i).to(DTYPES[d])) for i, d in enumerate(dtypes)]
 
 
+@pytest.mark.contract("low precision")
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_kind_of_float_is_rounded_as_torch_does(dtype: torch.dtype, backend: str) -> None:
+    """p = 0 + g with g in float32: subnormals, NaNs and infinities among normals, at every place in a vector."""
+    count = 1_000_003
+    patterns = torch.arange(count, dtype=torch.int64).mul_(2**32 // count + 1).remainder_(2**32) - 2**31
+    g = patterns.to(torch.int32).view(torch.float32)
+    p = torch.nn.Parameter(torch.zeros(count, dtype=dtype))
+    p.grad_dtype = None
+    p.grad = g
+    fastopt.SGD([p], lr=1.0, maximize=True, backend=backend).step()
+    assert not difference(p.detach(), g.add(0.0).to(dtype))
+
+
 @pytest.mark.contract("layouts")
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize(
