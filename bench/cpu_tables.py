@@ -215,17 +215,20 @@ def _work(results: Results, case: Case, contender: str) -> str:
     return f"**different work**: {why_different(contender, case.kind.name) or apart}"
 
 
-def curve(of: str, results: Results) -> list[Case]:
+def curve(of: str, results: Results, cases: Sequence[Case] = CASES) -> list[Case]:
     """The points of a curve that were measured."""
-    return list(_of(f"curve {of}", results))
+    return [case for case in cases if case.table.endswith(f"curve {of}") and case.name in results.cases]
 
 
-def _curves(results: Results) -> str:
-    return "\n\n".join(filter(None, (_curve(of, unit, results) for of, unit in CURVES.items())))
+def curves(cases: Sequence[Case]) -> Callable[[Results], str]:
+    def build(results: Results) -> str:
+        parts = (_curve(of, unit, results, curve(of, results, cases)) for of, unit in CURVES.items())
+        return "\n\n".join(filter(None, parts))
+
+    return build
 
 
-def _curve(of: str, unit: str, results: Results) -> str:
-    cases = curve(of, results)
+def _curve(of: str, unit: str, results: Results, cases: Sequence[Case]) -> str:
     labels = list(dict.fromkeys(row.contender for case in cases for row in results.of(case.name, "us_per_step")))
     return table(
         f"Number of {of}, {unit}: Adam, fp32",
@@ -233,6 +236,7 @@ def _curve(of: str, unit: str, results: Results) -> str:
             {
                 of: f"{case.x:,}",
                 **{label: time_of(results.get(case.name, label, "us_per_step")) for label in labels},
+                "until step() returns": time_of(results.get(case.name, OURS, "host_us")),
                 "per tensor": _per_tensor(results, case),
                 **{
                     f"faster than {label}": ratio_of(results.get(case.name, OURS, f"speedup/{label}"))
@@ -246,7 +250,8 @@ def _curve(of: str, unit: str, results: Results) -> str:
 
 
 def _per_tensor(results: Results, case: Case) -> str:
-    row = results.get(case.name, OURS, "us_per_step")
+    """Of the host, where that is known apart from the device."""
+    row = results.get(case.name, OURS, "host_us") or results.get(case.name, OURS, "us_per_step")
     return f"{row.p50 / len(case.workload.shapes):.3g} µs" if row else NONE
 
 
@@ -327,7 +332,7 @@ _BLOCKS: dict[str, tuple[Callable[[Results], str], ...]] = {
     "compiled": (_compared("Against the compiled step of torch, fp32", "compiled"), _first_steps),
     "ceilings": (_ceilings, _allocations, _noise),
     "peers": (_peers,),
-    "curves": (_curves,),
+    "curves": (curves(CASES),),
     "training": (trainings,),
 }
 UNMEASURED = "Not measured yet: `make bench` does it."

@@ -22,10 +22,11 @@ from bench import gpu_clocks, gpu_streams, training
 from bench.cases import Workload, matches, tensors
 from bench.contenders import OURS, Contender, ours, rivals
 from bench.cpu import Job, UnableError, agreement_rows
-from bench.gpu_cases import GPU_CASES, GpuCase
+from bench.gpu_cases import GPU_CASES, STUDIES, GpuCase
 from bench.gpu_streams import COPY, STRIPPED, Stripped
 from bench.race import Agreement, Measurement, Runner, Samples, agreement, race
 from bench.rules import MIXES, RULES, Streams
+from bench.study import study
 from bench.workload import OptimizerRunner, Tensors
 
 TRITON = f"{OURS} triton"
@@ -65,6 +66,7 @@ def jobs(only: str | None = None, rehearse: bool = False) -> list[Job]:
     everything = [
         Job(CEILINGS, partial(measure_ceilings, bench), shown=() if rehearse else ("gb_per_s",)),
         *(Job(case.name, partial(measure_case, bench, case), _estimate(case), shown=shown) for case in GPU_CASES),
+        *(Job(case.name, partial(measure_study, bench, case), seconds=8.0) for case in STUDIES),
         *(
             Job(f"training {each.name}", partial(measure_training, bench, each), seconds=15.0, shown=shown)
             for each in training.TRAININGS
@@ -271,6 +273,25 @@ def measure_ceilings(bench: Bench) -> list[Measurement]:
 def _all_streams() -> Iterator[Streams]:
     found = (RULES[kind].streams(mix) for kind in ("Adam", "AMSGrad", "RMSprop", "SGD") for mix in MIXES)
     yield from dict.fromkeys(found)
+
+
+def measure_study(bench: Bench, case: GpuCase) -> list[Measurement]:
+    """A contender that cannot be studied is left out and said; if it is one of ours that is a failure."""
+    case = bench.shrunk(case)
+    own = [ours(case.kind.name, case.hyper, label, backend) for label, backend in bench.backends.items()]
+    measured: list[Measurement] = []
+    unable: list[str] = []
+    for contender in (*own, *rivals(case.rivals, case.kind.name, case.hyper)):
+        try:
+            measured += study(case, [contender], bench.device)
+        except Exception as error:
+            check_context(error)
+            print(f"  {case.name}: without {contender.label}: {error}", file=sys.stderr, flush=True)
+            unable += [f"{contender.label}: {error}"] if contender in own else []
+    _release()
+    if unable:
+        raise UnableError(unable, measured)
+    return measured
 
 
 def measure_training(bench: Bench, each: training.Training) -> list[Measurement]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.cases import Case, Goal, Workload, Yardstick, tensors
+from bench.cases import CASES, Case, Goal, Workload, Yardstick, tensors
 from bench.models import MODELS, scaled
 from bench.rules import MIXES, RULES
 
@@ -121,6 +121,40 @@ def _model(name: str, divisor: int = 1) -> GpuCase:
     )
 
 
+def _curve(case: Case) -> GpuCase:
+    """A point of a curve that the CPU's run has too."""
+    count, numel = len(case.workload.shapes), case.workload.shapes[0][0]
+    return _small(
+        count,
+        numel,
+        name=case.name,
+        table=f"gpu {case.table}",
+        size=case.size,
+        workload=case.workload,
+        goals=(),
+        seconds=0.7,
+        x=case.x,
+    )
+
+
+def _study(kind: str) -> GpuCase:
+    """Not raced: see study.py."""
+    workload = Workload(tensors(100, 1000), gradients="rewritten")
+    own = hasattr(torch.optim, RULES[kind].name)
+    return _device(
+        "study",
+        kind,
+        100,
+        1000,
+        "fp32",
+        workload=workload,
+        rivals="fast" if own else "peers",
+        goals=(),
+        studied=True,
+        seconds=2.0,
+    )
+
+
 def _compiled(kind: str) -> GpuCase:
     """Few tensors, for compiling takes time in proportion to them."""
     goal = Goal("speedup", "≥", 1)
@@ -164,5 +198,8 @@ GPU_CASES: tuple[GpuCase, ...] = (
     _small(1, 1000),
     _small(100, 10_000),
     _model("ViT-L"),
-    _model("Llama-7B", divisor=2),
+    _model("Llama-7B", divisor=3),
+    *(_curve(case) for case in CASES if case.table.startswith("curve ")),
 )
+
+STUDIES = tuple(map(_study, RULES))

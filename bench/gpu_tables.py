@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from bench.cases import Measure
 from bench.contenders import NOISE_LABELS, OURS
-from bench.cpu_tables import trainings
+from bench.cpu_tables import curves, trainings
 from bench.gpu import CEILINGS, LAUNCHES, TRITON
-from bench.gpu_cases import GPU_CASES, GpuCase
+from bench.gpu_cases import GPU_CASES, STUDIES, GpuCase
 from bench.gpu_streams import COPY, STRIPPED
 from bench.records import Row
-from bench.tables import NONE, Results, provenance, rate_of, ratio_of, table, time_of
+from bench.tables import NONE, Results, bytes_of, number_of, provenance, rate_of, ratio_of, table, time_of
 
 UNMEASURED = "Nothing was measured on a GPU yet."
 
@@ -197,6 +197,24 @@ def _launches(results: Results) -> str:
     return table("What one step starts on the device", lines)
 
 
+def _studies(results: Results) -> str:
+    lines = []
+    for case in STUDIES:
+        for row in results.of(case.name, "first_step_us"):
+            rms, largest = (results.get(case.name, row.contender, metric) for metric in ("rms_error", "max_error"))
+            lines.append(
+                {
+                    "rule": case.kind.label,
+                    "contender": row.contender,
+                    "first step": time_of(row),
+                    "operators": number_of(results.get(case.name, row.contender, "operators")),
+                    "extra memory": bytes_of(results.get(case.name, row.contender, "peak_extra_bytes")),
+                    "rms (largest) error, ulp": f"{rms.p50:.3g} ({largest.p50:.3g})" if rms and largest else NONE,
+                }
+            )
+    return table("First step, operators called, memory taken, distance from float64: 100x1,000, fp32", lines)
+
+
 def _noise(results: Results) -> str:
     again = NOISE_LABELS[1]
     lines = [Line(case, results) for case in GPU_CASES if case.table == "gpu noise"]
@@ -222,6 +240,8 @@ _PARTS: tuple[Callable[[Results], str], ...] = (
     _raced("Parameter lists of real models, step and the wait for the device", "gpu models"),
     _raced("Against the compiled step of torch, by the device's clock", "gpu compiled"),
     trainings,
+    curves(GPU_CASES),
+    _studies,
     _roof,
     _ceilings,
     _launches,

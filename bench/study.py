@@ -12,6 +12,7 @@ from torch.autograd.profiler import profile
 from torch.nn import Parameter
 
 import fastopt
+from bench import gpu_clocks
 from bench.cases import Case
 from bench.contenders import Contender
 from bench.peers import ForeachRanger
@@ -21,9 +22,9 @@ from bench.workload import OptimizerRunner, Tensors
 STEPS = 30
 
 
-def study(case: Case, contenders: Sequence[Contender]) -> list[Measurement]:
+def study(case: Case, contenders: Sequence[Contender], device: str = "cpu") -> list[Measurement]:
     """Each alone, from the same beginning, with the same gradients."""
-    tensors = Tensors(case.workload)
+    tensors = Tensors(case.workload, device)
     exact = _exact(case, tensors)
     measured: list[Measurement] = []
     for contender in contenders:
@@ -64,22 +65,29 @@ def _exact(case: Case, tensors: Tensors) -> list[Tensor]:
 
 def _seconds(runner: OptimizerRunner, step: int) -> float:
     runner.prepare(step)
+    gpu_clocks.synchronize()
     started = time.perf_counter()
     runner.run()
+    gpu_clocks.synchronize()
     return time.perf_counter() - started
 
 
 def _taken(runner: OptimizerRunner, step: int) -> tuple[float, float]:
     """Operators of torch that a step calls, and the most bytes it holds at once beyond those it found."""
     runner.prepare(step)
-    with profile(profile_memory=True) as session:
+    if on_gpu := runner.tensors.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with profile(profile_memory=not on_gpu) as session:
         runner.run()
+    called = [e for e in session.function_events if e.name.startswith("aten::") and not _inside(e.cpu_parent)]
+    if on_gpu:
+        return float(len(called)), float(torch.cuda.max_memory_allocated() - before)
     held = peak = 0
     for event in session.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    called = [e for e in session.function_events if e.name.startswith("aten::") and not _inside(e.cpu_parent)]
     return float(len(called)), float(peak)
 
 
