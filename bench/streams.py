@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.race import Samples, race
 from bench.records import ROOT
+from fastopt import memory
 
 NUMEL = 50_000_000
 # Per element of fp32: copy_ reads one tensor and writes another, add_ reads and writes the same one, as an optimizer
@@ -52,10 +53,11 @@ def measure(seconds: float, numel: int = NUMEL) -> Samples:
 
 
 def stripped(states: int, numel: int) -> StreamRunner:
-    """g read, p and the states read and written, by as many threads as torch has. Raises RuntimeError where there is no
-    compiler."""
+    """g read, p and the states read and written, by as many threads as torch has; the states lie where fastopt's do, on
+    huge pages where there are any. Raises RuntimeError where there is no compiler."""
     kernel = _kernel()
-    g, *updated = (torch.ones(numel) for _ in range(2 + states))
+    g, p = torch.ones(numel), torch.ones(numel)
+    updated = [p, *(memory.zeros_like(p).fill_(1.0) for _ in range(states))]
     pointers = (ctypes.c_void_p * len(updated))(*(tensor.data_ptr() for tensor in updated))
 
     def run(kept: list[Tensor] = [g, *updated]) -> None:  # noqa: B006 - keeps the memory alive

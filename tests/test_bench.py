@@ -533,6 +533,7 @@ def test_peers_are_given_our_hyper_parameters_and_none_that_they_lack() -> None:
     assert given == {"lr": 0.5, "eps": 0.25, "foreach": True}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the packages' own
 @pytest.mark.parametrize("label", RULES)
 def test_installed_peers_take_a_step_or_say_why_they_differ(label: str) -> None:
     """Each does our work on small tensors, or its entry says what is different."""
