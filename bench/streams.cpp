@@ -2,6 +2,7 @@
 // over memory. What a step could reach on this machine if its arithmetic were free. Compiled by streams.py.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -25,17 +26,21 @@ void pass(const float* __restrict g, float* const* updated, std::int64_t begin, 
 
 }  // namespace
 
+// Threads take the next piece as they come to it: a core that is held up does not hold up the other.
 extern "C" void streams(const float* g, float* const* updated, int count, std::int64_t numel, int threads) {
-  auto work = [&](int thread) {
-    const std::int64_t share = (numel + threads - 1) / threads;
-    const std::int64_t begin = std::min(numel, share * thread), end = std::min(numel, begin + share);
-    if (count == 1) pass<1>(g, updated, begin, end);
-    if (count == 2) pass<2>(g, updated, begin, end);
-    if (count == 3) pass<3>(g, updated, begin, end);
-    if (count == 4) pass<4>(g, updated, begin, end);
+  constexpr std::int64_t piece = 1 << 17;
+  std::atomic<std::int64_t> next{0};
+  auto work = [&] {
+    for (std::int64_t begin; (begin = next.fetch_add(piece)) < numel;) {
+      const std::int64_t end = std::min(numel, begin + piece);
+      if (count == 1) pass<1>(g, updated, begin, end);
+      if (count == 2) pass<2>(g, updated, begin, end);
+      if (count == 3) pass<3>(g, updated, begin, end);
+      if (count == 4) pass<4>(g, updated, begin, end);
+    }
   };
   std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
-  work(0);
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(work);
+  work();
   for (auto& other : others) other.join();
 }
