@@ -27,7 +27,8 @@ def ours(rule: str, hyper: Mapping[str, Any], label: str = OURS, backend: str = 
     import fastopt
 
     if rule == "Lookahead":
-        return Contender(label, lambda groups: fastopt.Lookahead(fastopt.Adam(groups, backend=backend), **hyper))
+        slow, adam = peers.split(hyper)
+        return Contender(label, lambda groups: fastopt.Lookahead(fastopt.Adam(groups, backend=backend, **adam), **slow))
     return Contender(label, lambda groups: getattr(fastopt, rule)(groups, backend=backend, **hyper))
 
 

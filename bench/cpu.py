@@ -205,6 +205,7 @@ def agreement_rows(subject: str, results: dict[str, Agreement]) -> list[Measurem
         measured += [
             (subject, f"rms_ulp/{rival}", result.rms),
             (subject, f"max_ulp/{rival}", result.largest),
+            (subject, f"moved_ulp/{rival}", result.moved),
             (subject, f"same_work/{rival}", float(result.same_work)),
         ]
     return measured

@@ -18,7 +18,8 @@ from bench.training import TRAININGS
 
 @dataclass(frozen=True)
 class Verdict:
-    """A case as the report sees it: our time, the fastest rival and the ratio to it, the yardstick's ratio."""
+    """A case as the report sees it: our time, the fastest rival that did the same work (if none did, the fastest) and
+    the ratio to it, the yardstick's ratio, and which faster ones did other work."""
 
     case: Case
     time: Row
@@ -27,6 +28,7 @@ class Verdict:
     speedup: Row
     same_work: bool
     relative: Row | None
+    others: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, case: Case, results: Results, subject: str = OURS) -> Verdict | None:
@@ -38,12 +40,18 @@ class Verdict:
         known = {rival: row for rival, row in times.items() if row is not None}
         if time is None or not known:
             return None
-        rival = min(known, key=lambda label: known[label].p50)
-        same = results.get(case.name, subject, f"same_work/{rival}")
+        same = {label for label in known if (row := results.get(case.name, subject, f"same_work/{label}")) and row.p50}
+        rival = min(same or known, key=lambda label: known[label].p50)
+        others = tuple(label for label in known if label not in same and known[label].p50 < known[rival].p50)
         yardstick = case.yardstick.label if case.yardstick else ""
         metrics = (f"{measure}/{yardstick}" for measure in ("cost", "rate"))
         relative = next((row for metric in metrics if (row := results.get(case.name, subject, metric))), None)
-        return cls(case, time, rival, known[rival], speedups[rival], bool(same and same.p50 == 1.0), relative)
+        return cls(case, time, rival, known[rival], speedups[rival], rival in same, relative, others)
+
+    @property
+    def agreement(self) -> str:
+        said = "yes" if self.same_work else different(self.case, self.rival)
+        return "; ".join([said, *(f"not {label}: {different(self.case, label)}" for label in self.others)])
 
     def goal(self, measure: Measure) -> str:
         goal = self.case.goal(measure)
@@ -126,11 +134,8 @@ def _mixes(results: Results) -> str:
 
 
 def _mix(results: Results, case: Case) -> dict[str, str]:
-    """In 16 bits the roundings of the states, of which others make more, become part of the distance moved: there the
-    difference is shown and nothing is concluded from it."""
     verdict = Verdict.of(case, results)
     apart = results.get(case.name, OURS, f"rms_ulp/{verdict.rival}") if verdict else None
-    same = "yes" if verdict and verdict.same_work else "**different work**"
     return {
         "rule": case.kind.label,
         "stored as": case.mix,
@@ -141,7 +146,8 @@ def _mix(results: Results, case: Case) -> dict[str, str]:
         f"of {COPY}": ratio_of(results.get(case.name, OURS, f"share/{COPY}")),
         "fastest rival": f"{time_of(verdict.rival_time)} ({verdict.rival})" if verdict else NONE,
         "times faster": ratio_of(verdict.speedup) if verdict else NONE,
-        "same results": NONE if not apart else same if case.mix == "fp32" else f"{apart.p50:.2g} ulp rms apart",
+        "ulp apart, rms": f"{apart.p50:.2g}" if apart else NONE,
+        "same work": verdict.agreement if verdict else NONE,
     }
 
 
@@ -208,11 +214,12 @@ def _work(results: Results, case: Case, contender: str) -> str:
     if contender == OURS:
         return NONE
     same = results.get(case.name, OURS, f"same_work/{contender}")
-    if same and same.p50 == 1.0:
-        return "yes"
-    largest = results.get(case.name, OURS, f"max_ulp/{contender}")
-    apart = f"up to {largest.p50:.3g} ulp apart" if largest else ""
-    return f"**different work**: {why_different(contender, case.kind.name) or apart}"
+    return "yes" if same and same.p50 == 1.0 else different(case, contender)
+
+
+def different(case: Case, contender: str) -> str:
+    """What to say of a contender whose results are others."""
+    return f"**different work** {why_different(contender, case.kind.name, case.mix)}".strip()
 
 
 def curve(of: str, results: Results, cases: Sequence[Case] = CASES) -> list[Case]:
@@ -278,8 +285,7 @@ def trainings(results: Results) -> str:
 
 
 def _comparison(v: Verdict) -> dict[str, str]:
-    same = "yes" if v.same_work else "**different work**"
-    return {"times faster": ratio_of(v.speedup), "goal": v.goal("speedup"), "same results": same}
+    return {"times faster": ratio_of(v.speedup), "goal": v.goal("speedup"), "same results": v.agreement}
 
 
 def _first_steps(results: Results) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.cases import Measure
 from bench.contenders import NOISE_LABELS, OURS
-from bench.cpu_tables import curves, trainings
+from bench.cpu_tables import curves, different, trainings
 from bench.gpu import CEILINGS, LAUNCHES, TRITON
 from bench.gpu_cases import GPU_CASES, STUDIES, GpuCase
 from bench.gpu_streams import COPY, STRIPPED
@@ -63,13 +63,10 @@ class Line:
         }
 
     def _agreement(self, rival: str) -> str:
-        """In 16 bits the roundings of the states, of which others make more, become part of the distance moved: there
-        the difference is shown and nothing is concluded from it."""
-        if self.case.mix != "fp32":
-            rms = self.get(self.subject, f"rms_ulp/{rival}")
-            return NONE if rms is None else "equal" if rms.p50 == 0.0 else f"{rms.p50:.2g} ulp rms apart"
         same = self.get(self.subject, f"same_work/{rival}")
-        return "yes" if same and same.p50 == 1.0 else "**different work**"
+        rms = self.get(self.subject, f"rms_ulp/{rival}")
+        apart = f", {rms.p50:.2g} ulp rms apart" if rms and rms.p50 and self.case.mix != "fp32" else ""
+        return f"yes{apart}" if same and same.p50 == 1.0 else f"{different(self.case, rival)}{apart}"
 
     def equal(self) -> str:
         """Whether the two backends ended bit for bit alike."""

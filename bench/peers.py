@@ -103,7 +103,8 @@ class Peer:
         cls = getattr(load(self.module), self.name)
         given = {key: settings[key] for key in self.takes.split() if key in settings}
         if self.rule == "Lookahead":
-            return lambda groups: cls(torch.optim.Adam(groups, foreach=True), **given, **self.fixed)
+            slow, adam = split({key: settings[key] for key in self.takes.split() if key in settings})
+            return lambda groups: cls(torch.optim.Adam(groups, foreach=True, **adam), **slow, **self.fixed)
         return lambda groups: cls(groups, **given, **self.fixed)
 
     def can(self, hyper: Mapping[str, Any]) -> bool:
@@ -135,7 +136,7 @@ PEERS = (
     Peer("pytorch_optimizer", "Adamax", "pytorch_optimizer", "AdaMax", ADAM),
     Peer("pytorch_optimizer", "Ranger", "pytorch_optimizer", "Ranger", f"{ADAM} k alpha", PLAIN_RANGER),
     *(
-        Peer(label, "Lookahead", module, "Lookahead", "k alpha", different=different)
+        Peer(label, "Lookahead", module, "Lookahead", "k alpha lr", different=different)
         for label, module, different in (
             ("pytorch_optimizer", "pytorch_optimizer", ""),
             ("timm", "timm.optim.lookahead", "its slow weights begin at the first synchronisation, not before"),
@@ -183,6 +184,12 @@ PEERS = (
 )
 
 
+def split(hyper: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of Lookahead itself, and those of the Adam inside."""
+    own = {key: value for key, value in hyper.items() if key in ("k", "alpha")}
+    return own, {key: value for key, value in hyper.items() if key not in own}
+
+
 def of(rule: str, hyper: Mapping[str, Any]) -> dict[str, Factory]:
     """Label -> factory of every installed class that has all of `hyper`; a stand-in for Ranger if there is none."""
     settings = {**defaults(rule), **hyper}
@@ -192,9 +199,19 @@ def of(rule: str, hyper: Mapping[str, Any]) -> dict[str, Factory]:
     return found
 
 
-def why_different(label: str, rule: str) -> str:
-    """Why the peer does other work; empty if it is meant to do the same."""
-    return next((peer.different for peer in PEERS if (peer.label, peer.rule) == (label, rule)), "")
+TAILS = "(updates only what fills no vector of the processor, pytorch#191763)"
+FLOAT32 = "(its counter and so its coefficients are float32 tensors)"
+
+
+def why_different(label: str, rule: str, mix: str = "fp32") -> str:
+    """Why the contender does other work, in parentheses; empty if it is meant to do the same."""
+    if (label, rule, mix) == ("torch fused", "SGD", "bf16"):
+        return TAILS
+    if label == "torch.compile":
+        return FLOAT32
+    return next(
+        (f"({peer.different})" for peer in PEERS if peer.different and (peer.label, peer.rule) == (label, rule)), ""
+    )
 
 
 def defaults(rule: str) -> dict[str, Any]:

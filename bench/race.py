@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 PIECE = 4_000_000
+ROUNDINGS = 10
 T = TypeVar("T")
 
 
@@ -162,14 +163,21 @@ class Agreement:
     largest: float
     moved: float
     steps: int
+    share: float = 0.0
+    """Of the distance moved, by which a step that rounds after every operation may differ from one that does not."""
 
     @property
     def same_work(self) -> bool:
         """Each step rounds a parameter once, half an ulp at most in each contender: two roundings of the same sum
         differ by one ulp at most, and such differences add up as a random walk (rms <= sqrt(steps)), at worst in a
         line (largest <= steps, and one for the rounding of the update itself). Any other update rule is off by a share
-        of the distance moved, which must be far longer than the tolerance to tell."""
+        of the distance moved, which must be far longer than the tolerance to tell.
+
+        In 16 bits a contender that rounds after each of some ten operations is off by as many times half an ulp of what
+        it adds to the parameter, again and again in the same direction: a `share`, and no bound for single elements."""
         tolerance = math.sqrt(self.steps)
+        if self.share:
+            return self.rms <= tolerance + self.share * self.moved and self.moved >= 2 * tolerance
         return self.rms <= tolerance and self.largest <= self.steps + 1 and self.moved >= 100 * tolerance
 
 
@@ -187,7 +195,9 @@ def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor], initial: Sequenc
         largest = max(largest, difference.abs().max().item()) if torch.isfinite(difference).all() else math.inf
         count += b.numel()
     rms = math.sqrt(squares / count) if math.isfinite(squares) else math.inf
-    return Agreement(rms, largest, math.sqrt(moved / count), steps)
+    narrow = [b.dtype for b in theirs if b.dtype.itemsize == 2]
+    share = max((ROUNDINGS * torch.finfo(dtype).eps / 2 for dtype in narrow), default=0.0)
+    return Agreement(rms, largest, math.sqrt(moved / count), steps, share)
 
 
 def _squares(tensor: Tensor) -> float:

@@ -39,7 +39,7 @@ class Streams:
 class Kind:
     """An optimizer as a line of a table. `slow` is how often per step slow weights are read and written; `foreach` the
     bytes per fp32 parameter that torch's foreach step moves: inputs and outputs of every operation it dispatches, torch
-    2.13. (For Ranger, that of the stand-in in peers.) Lookahead's `hyper` is its own; it wraps an Adam."""
+    2.13. (For Ranger, that of the stand-in in peers.) Lookahead wraps an Adam, whose is the lr."""
 
     label: str
     name: str
@@ -58,8 +58,7 @@ class Kind:
 
     def hyper_for(self, mix: str) -> dict[str, Any]:
         """In bf16 a step of 1e-3 is lost in the rounding of most parameters, and equal results would prove nothing."""
-        slow = MIXES[mix][0] == BF16 and self.name != "Lookahead"
-        return {**self.hyper, "lr": 2e-2} if slow else dict(self.hyper)
+        return {**self.hyper, "lr": 0.1} if MIXES[mix][0] == BF16 else dict(self.hyper)
 
     @property
     def cycle(self) -> int:

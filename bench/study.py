@@ -15,7 +15,7 @@ import fastopt
 from bench import gpu_clocks
 from bench.cases import Case
 from bench.contenders import Contender
-from bench.peers import ForeachRanger
+from bench.peers import ForeachRanger, split
 from bench.race import Measurement, agreement
 from bench.workload import OptimizerRunner, Tensors
 
@@ -51,7 +51,8 @@ def _exact(case: Case, tensors: Tensors) -> list[Tensor]:
     name = case.kind.name
     optimizer: Any
     if name == "Lookahead":
-        optimizer = fastopt.Lookahead(torch.optim.Adam(parameters), **case.hyper)
+        slow, adam = split(case.hyper)
+        optimizer = fastopt.Lookahead(torch.optim.Adam(parameters, **adam), **slow)
     else:
         optimizer = (ForeachRanger if name == "Ranger" else getattr(torch.optim, name))(parameters, **case.hyper)
     given = tensors.parameters()

@@ -32,6 +32,7 @@ from bench.report import CLOSING, OPENING, pages, with_blocks, write
 from bench.rules import MIXES, RULES
 from bench.streams import STRIPPED
 from bench.sweep.__main__ import SOURCE, nvcc, summary
+from bench.tables import Results
 from bench.workload import OptimizerRunner, Tensors
 
 native = pytest.mark.skipif(not fastopt.backends.available("native"), reason=str(fastopt.backends.why_not("native")))
@@ -166,6 +167,34 @@ def test_a_contender_that_does_other_work_is_found_out(wrong: dict[str, object])
     reference, shared, steps = raced_adam()
     other, _, _ = raced_adam(**wrong)
     assert not agreement(other, reference, shared.initial, steps).same_work
+
+
+def test_in_bfloat16_other_roundings_are_the_same_work_and_other_rules_are_not() -> None:
+    shared = Tensors(Workload(tensors(3, 400), dtype=torch.bfloat16))
+
+    def adam(**hyper: object) -> Contender:
+        return Contender("", lambda groups: torch.optim.Adam(groups, foreach=False, **{"lr": 0.1, **hyper}))
+
+    own = OptimizerRunner(Contender("", lambda groups: fastopt.Adam(groups, lr=0.1)), shared)
+    steps = race([own], seconds=0, least_rounds=12, warm_up=1).steps
+    for contender, same in ((adam(), True), (adam(lr=0.11), False), (adam(lr=0.0), False)):
+        other = OptimizerRunner(contender, shared)
+        race([other], seconds=0, least_rounds=12, warm_up=1)
+        result = agreement(own.parameters, other.parameters, shared.initial, steps)
+        assert result.same_work == same, result
+
+
+def test_a_rival_that_did_other_work_is_named_and_not_the_one_to_beat() -> None:
+    rows = sample_rows(same_work=0.0)
+    slower = [
+        Row.of(HERE, "adam 1000x64", "torch foreach", "us_per_step", 4000.0),
+        Row.of(HERE, "adam 1000x64", "fastopt", "speedup/torch foreach", 8.0),
+        Row.of(HERE, "adam 1000x64", "fastopt", "same_work/torch foreach", 1.0),
+    ]
+    (case,) = (case for case in CASES if case.name == "adam 1000x64")
+    alone, both = (cpu_tables.Verdict.of(case, Results(given)) for given in (rows, [*rows, *slower]))
+    assert (alone.rival, alone.agreement) == ("torch fused", "**different work**")
+    assert (both.rival, both.agreement) == ("torch foreach", "yes; not torch fused: **different work**")
 
 
 def test_parameters_that_did_not_move_prove_nothing() -> None:
