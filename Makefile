@@ -57,8 +57,9 @@ demo: $(BUILT) $(STAMP)-demo ## train real models with torch.optim and with fast
 test: $(BUILT_FOR_TESTS) $(STAMP)-test ## all tests; with nvcc, of the CUDA kernels' code too (no GPU needed)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+# With "=", or pytest takes the table for a file of tests before tests/conftest.py has told it of the option.
 contract: $(BUILT_FOR_TESTS) $(STAMP)-test ## the tests of what torch.optim promises; what passed, as a table in TABLE
-	@$(BIN)/python -m pytest -q -m contract --contract-table "$(TABLE)" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -m contract "--contract-table=$(TABLE)" $(PYTEST_ARGS)
 
 fuzz: $(BUILT_FOR_TESTS) $(STAMP)-test ## CASES random programs, each compared with torch.optim after every step
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,3 +210,16 @@ def test_modules_with_a_backend_are_part_of_the_contract(path: Path) -> None:
     text = path.read_text()
     if any(map(_mentions_a_backend, ast.parse(text).body)):
         assert "pytest.mark.contract" in text
+
+
+def test_the_command_of_the_makefile_is_understood() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    planned = subprocess.run(["make", "--dry-run", "contract"], cwd=HERE.parent, capture_output=True, text=True)
+    (line,) = (line for line in planned.stdout.splitlines() if "--contract-table" in line)
+    _, *arguments = shlex.split(line)
+    told = subprocess.run(
+        [sys.executable, *arguments, "--markers"], cwd=HERE.parent, capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    assert "@pytest.mark.contract" in told.stdout
