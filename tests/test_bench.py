@@ -570,7 +570,9 @@ def test_installed_peers_take_a_step_or_say_why_they_differ(label: str) -> None:
     shared = Tensors(Workload(tensors(3, 40)))
     own = OptimizerRunner(ours(kind.name, kind.hyper, backend="reference"), shared)
     found = rivals("peers", kind.name, kind.hyper)
-    runners = [OptimizerRunner(c, shared) for c in found if not (c.label == "torchao" or "triton" in c.label)]
+    runners = [OptimizerRunner(c, shared) for c in found if c.label != "torchao"]  # it compiles for a minute
+    if not runners:
+        pytest.skip(f"no package of bench/peers.txt that has {label} is installed")
     steps = race([own, *runners], seconds=0, least_rounds=7, warm_up=1).steps
     for runner in runners:
         same = agreement(own.parameters, runner.parameters, shared.initial, steps).same_work
