@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "chains.h"
 #include "cuda_kernels.h"
@@ -107,17 +108,6 @@ void launch(const Target& target, const void* kernel, const void* parameters, ui
   check(error);
 }
 
-void update(const Target& target, const Launch& what, Mix mix, int chain, bool centralise) {
-  const CudaKernel* const found = find(mix, chain, what.tier, std::make_integer_sequence<int, mixes>{});
-  const void* const kernel = !found ? nullptr : centralise ? found->centralised : found->plain;
-  const auto name = [&] {
-    return chain_name(chain, Chains{}) + " (" + mix_names[static_cast<int>(mix)] +
-           (centralise ? ", centralised)" : ")");
-  };
-  if (!kernel) throw std::logic_error("fastopt: there is no kernel " + name());
-  launch(target, kernel, what.arguments, what.warps, block_threads / lanes, name);
-}
-
 template <class T, int tier>
 __global__ void __launch_bounds__(block_threads, 4) sum_rows_kernel(const __grid_constant__ Arguments<tier> arguments) {
   sum_item<T>(arguments.header, arguments.payload, CudaWarp::item(), CudaWarp());
@@ -134,23 +124,74 @@ const void* address(void (*kernel)(Arguments...)) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-void sum_rows(const Target& target, const Launch& what, bool wide) {
+template <class... Chains>
+constexpr int count(List<Chains...>) {
+  return sizeof...(Chains);
+}
+
+void update(const Target& target, const Launch& what, Mix mix, int chain, bool centralise) {
+  const CudaKernel* const found = find(mix, chain, what.tier, std::make_integer_sequence<int, mixes>{});
+  const void* const kernel = !found ? nullptr : centralise ? found->centralised : found->plain;
+  const auto name = [&] {
+    return chain_name(chain, Chains{}) + " (" + mix_names[static_cast<int>(mix)] +
+           (centralise ? ", centralised)" : ")");
+  };
+  if (!kernel) throw std::logic_error("fastopt: there is no kernel " + name());
+  launch(target, kernel, what.arguments, what.warps, block_threads / lanes, name);
+}
+
+const void* sum_rows_of(int tier, bool wide) {
   static const void* const kernels[tiers][2] = {
       {address(sum_rows_kernel<float, 0>), address(sum_rows_kernel<double, 0>)},
       {address(sum_rows_kernel<float, 1>), address(sum_rows_kernel<double, 1>)}};
-  launch(target, kernels[what.tier][wide], what.arguments, what.warps, block_threads / lanes,
+  return kernels[tier][wide];
+}
+
+const void* make_rows_of(int tier) {
+  static const void* const kernels[tiers] = {address(make_rows_kernel<0>), address(make_rows_kernel<1>)};
+  return kernels[tier];
+}
+
+void load(int device, Mix mix, bool centralise) {
+  const bool wide = mix == Mix::f64 || mix == Mix::any_f64;
+  std::vector<const void*> kernels;
+  for (int tier = 0; tier < tiers; ++tier) {
+    for (int chain = 0; chain < count(Chains{}); ++chain) {
+      const CudaKernel* const found = find(mix, chain, tier, std::make_integer_sequence<int, mixes>{});
+      if (found) kernels.push_back(found->plain);
+      if (found && centralise) kernels.push_back(found->centralised);
+    }
+    if (centralise) kernels.push_back(sum_rows_of(tier, wide));
+    kernels.push_back(make_rows_of(tier));
+  }
+  const auto check = [&](cudaError_t error) {
+    if (error != cudaSuccess)
+      fail(error, "the first of the kernels for " + std::string(mix_names[static_cast<int>(mix)]), device);
+  };
+  int before;
+  check(cudaGetDevice(&before));
+  if (before != device) check(cudaSetDevice(device));
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  for (const void* kernel : kernels)
+    if (kernel && error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (before != device) cudaSetDevice(before);
+  check(error);
+}
+
+void sum_rows(const Target& target, const Launch& what, bool wide) {
+  launch(target, sum_rows_of(what.tier, wide), what.arguments, what.warps, block_threads / lanes,
          [] { return std::string("the sums of rows"); });
 }
 
 void make_rows(const Target& target, const RowsLaunch& what) {
-  static const void* const kernels[tiers] = {address(make_rows_kernel<0>), address(make_rows_kernel<1>)};
-  launch(target, kernels[what.tier], what.arguments, what.threads, block_threads,
+  launch(target, make_rows_of(what.tier), what.arguments, what.threads, block_threads,
          [] { return std::string("the coefficient rows"); });
 }
 
 template <int... mix>
 constexpr DeviceDriver driver_of(std::integer_sequence<int, mix...>) {
-  return {"cuda", {is_built(mix_names[mix])...}, update, sum_rows, make_rows};
+  return {"cuda", {is_built(mix_names[mix])...}, load, update, sum_rows, make_rows};
 }
 
 std::string why_no_device() {

@@ -32,6 +32,9 @@ struct RowsLaunch {
 struct DeviceDriver {
   const char* name;
   bool has_mix[mixes];  // kernels compiled for it; where they are not, an any_ mix does the work
+  // Brings the mix's kernels of every chain, and those of the rows, to the device. A kernel is otherwise loaded by its
+  // first launch, which may be in the capture of a graph, where not everything that loading needs is allowed.
+  void (*load)(int device, Mix mix, bool centralise);
   void (*update)(const Target&, const Launch&, Mix mix, int chain, bool centralise);
   void (*sum_rows)(const Target&, const Launch&, bool wide);  // wide: the compute type is double
   void (*make_rows)(const Target&, const RowsLaunch&);

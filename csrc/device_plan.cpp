@@ -173,6 +173,7 @@ void DevicePlan::place(const DeviceMemory& memory) {
   Blob blob;
   for (uint32_t b = 0; b < buckets_.size(); ++b) {
     Bucket& bucket = buckets_[b];
+    if (bucket.counted) driver_->load(device_, bucket.mix, bucket.centralise);  // its steps may be captured
     sort(bucket);
     cut(bucket);
     for (uint32_t i = 0; i < bucket.numbers.size(); ++i) where_[bucket.numbers[i]] = {b, i};

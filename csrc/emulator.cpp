@@ -11,6 +11,18 @@ namespace fastopt {
 namespace {
 
 uint32_t only_last = 0;
+bool loaded[mixes], loaded_centralised[mixes];
+
+void load(int, Mix mix, bool centralise) {
+  loaded[static_cast<int>(mix)] = true;
+  if (centralise) loaded_centralised[static_cast<int>(mix)] = true;
+}
+
+// A launch that reads rows made on the device may be captured; its kernel has to be there already.
+void check_loaded(const LaunchHeader& header, Mix mix, bool centralise) {
+  if (header.rows && !(centralise ? loaded_centralised : loaded)[static_cast<int>(mix)])
+    throw std::logic_error("fastopt: a kernel was launched that was not loaded");
+}
 
 template <int... k>
 EmulatedKernel find(Mix mix, int chain, bool centralise, std::integer_sequence<int, k...>) {
@@ -33,6 +45,7 @@ void update(const Target&, const Launch& launch, Mix mix, int chain, bool centra
   const EmulatedKernel kernel = find(mix, chain, centralise, std::make_integer_sequence<int, mixes>{});
   if (!kernel) throw std::logic_error("fastopt: a kernel was launched that does not exist");
   with_arguments(launch, [&](const LaunchHeader& header, const unsigned char* payload) {
+    check_loaded(header, mix, centralise);
     kernel(header, payload, only_last && only_last < launch.warps ? launch.warps - only_last : 0, launch.warps);
   });
 }
@@ -62,7 +75,7 @@ void emulate_only_last(uint32_t items) { only_last = items; }
 
 const DeviceDriver* emulator() {
   static constexpr DeviceDriver driver{
-      "emulator", {true, true, true, true, true, true, true, true}, update, sum_rows, make_rows};
+      "emulator", {true, true, true, true, true, true, true, true}, load, update, sum_rows, make_rows};
   return &driver;
 }
 

@@ -87,9 +87,12 @@ def test_device_counters_give_the_same_numbers(case: Case, dtype: torch.dtype, b
     _assert_equal(tensors_of(optimizer), _cpu_run(case, 30))
 
 
+@pytest.mark.parametrize("warm_up", [1, 3])
 @parametrize([*CAPTURABLE, *LOOKAHEAD])
-def test_replay_is_the_eager_run(case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_replay_is_the_eager_run(case: Case, dtype: torch.dtype, backend: str, warm_up: int) -> None:
     """A step captured once, gradients in the graph's own pool, replayed under a schedule of the learning rate."""
+    if case.lookahead and backend == "triton" and warm_up == 1:
+        pytest.skip("Triton compiles the kernel that synchronises in the second step")
     runs = []
     for captured in (True, False):
         params, lr = [ramp(n) for n in SIZES], _lr()
@@ -109,16 +112,16 @@ def test_replay_is_the_eager_run(case: Case, dtype: torch.dtype, backend: str) -
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for step in range(3):
+            for step in range(warm_up):
                 feed(step)
                 train()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         if captured:
-            feed(3)
+            feed(warm_up)
             with torch.cuda.graph(graph):
                 train()
-        for step in range(3, 15):
+        for step in range(warm_up, 15):
             feed(step)
             graph.replay() if captured else train()
         runs.append(tensors_of(optimizer))
