@@ -50,6 +50,7 @@ class Process:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )
         file.close()
         return self
@@ -67,6 +68,11 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, number)
+
+
+def _hear_interrupts() -> None:
+    """A shell's background jobs ignore them, and so would all their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass
