@@ -194,3 +194,6 @@ if __name__ == "__main__":
     globals()[task](Path(folder))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # gloo's threads may let go of tensors while the interpreter ends, which now and then aborts it (pytorch#190489).
+    os._exit(0)
