@@ -15,6 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 SEED ?= 1
+BASE ?= HEAD~1
 TABLE ?= docs/contract.md
 fuzz: CASES ?= 10000
 sanitize: CASES ?= 1000
