@@ -71,7 +71,7 @@ class Outcome:
 
 
 class Worker:
-    """A tree's process, as a runner of a race. It times its own turns: what the pipe costs is not in them."""
+    """A tree's process, as a contender of a race. It times its own turns: what the pipe costs is not in them."""
 
     def __init__(self, label: str, package: Path, threads: int) -> None:
         self.label = label
@@ -94,11 +94,6 @@ class Worker:
     def close(self) -> None:
         self._process.stdin and self._process.stdin.close()
         self._process.wait(30)
-
-    def prepare(self, step: int) -> None:
-        raise NotImplementedError("a worker's turn is taken by `ask`")
-
-    run = prepare  # type: ignore[assignment]
 
 
 def compare(revision: str, quick: bool, threads: int, seconds: float | None = None) -> list[Outcome]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,12 @@ ROUNDINGS = 10
 T = TypeVar("T")
 
 
-class Runner(Protocol):
+class Labelled(Protocol):
     label: str
+
+
+class Runner(Labelled, Protocol):
+    """One that the processor's clock can time from here."""
 
     def prepare(self, step: int) -> None: ...
 
@@ -39,7 +43,7 @@ class Runner(Protocol):
 class Turn(Protocol):
     """One contender's turn in a round: prepares and runs `steps` steps, gives the seconds that one of them took."""
 
-    def __call__(self, runner: Runner, first_step: int, steps: int, /) -> float: ...
+    def __call__(self, runner: Any, first_step: int, steps: int, /) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Samples:
 
 
 def race(
-    runners: Sequence[Runner],
+    runners: Sequence[Labelled],
     *,
     seconds: float,
     least_rounds: int = 8,
@@ -102,7 +106,8 @@ def race(
     clock: Callable[[], int] = time.perf_counter_ns,
     turn: Turn | None = None,
 ) -> Samples:
-    """Race for about `seconds`, preparation included; the last warm-up round decides how many rounds that is."""
+    """Race for about `seconds`, preparation included; the last warm-up round decides how many rounds that is.
+    Contenders are `Runner`s, unless a `turn` knows what else they are."""
     samples, step = Samples(), first_step
     take: Turn = turn or partial(_turn, clock)
 

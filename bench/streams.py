@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ SOURCE = Path(__file__).with_name("streams.cpp")
 class StreamRunner:
     """A kernel on tensors of its own; it needs no preparation."""
 
-    def __init__(self, label: str, run: Callable[[], object]) -> None:
-        self.label = label
+    def __init__(self, label: str, run: Callable[[], object], tensors: Sequence[Tensor] = ()) -> None:
+        self.label, self.tensors = label, tensors
         self._run = run
 
     def prepare(self, step: int) -> None:
@@ -60,16 +60,10 @@ def stripped(states: int, numel: int) -> StreamRunner:
     updated = [p, *(memory.zeros_like(p).fill_(1.0) for _ in range(states))]
     pointers = (ctypes.c_void_p * len(updated))(*(tensor.data_ptr() for tensor in updated))
 
-    def run(kept: list[Tensor] = [g, *updated]) -> None:  # noqa: B006 - keeps the memory alive
-        kernel(
-            ctypes.c_void_p(kept[0].data_ptr()),
-            pointers,
-            len(updated),
-            ctypes.c_int64(numel),
-            torch.get_num_threads(),
-        )
+    def run() -> None:
+        kernel(ctypes.c_void_p(g.data_ptr()), pointers, len(updated), ctypes.c_int64(numel), torch.get_num_threads())
 
-    return StreamRunner(STRIPPED, run)
+    return StreamRunner(STRIPPED, run, (g, *updated))
 
 
 @functools.cache

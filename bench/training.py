@@ -8,10 +8,8 @@ rotates, and each does its own forward and backward. On a GPU the host waits for
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from bench.contenders import OURS, Contender, ours, rivals
 from bench.race import Measurement, Samples, Spread, order
 from bench.rules import RULES, Kind
 from fastopt import tasks
+from fastopt.demo import Lane
 from fastopt.tasks import Batch, Task
 
 SEED = 0
@@ -40,36 +39,10 @@ class Training:
     steps: int = 120
 
 
-@dataclass
-class Lane:
-    """One of the twins, and what was measured of it."""
-
-    label: str
-    model: nn.Module
-    optimizer: Any
-    losses: list[float] = field(default_factory=list)
-    optimizing: list[float] = field(default_factory=list)
-
-    def train(self, task: Task, batch: Batch) -> float:
-        """One training step; gives its seconds."""
-        started = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss = task.loss(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        gpu_clocks.synchronize()
-        computed = time.perf_counter()
-        self.optimizer.step()
-        gpu_clocks.synchronize()
-        ended = time.perf_counter()
-        self.losses.append(loss.item())
-        self.optimizing.append(ended - computed)
-        return ended - started
-
-
 def transformer(device: str) -> Task:
     """Characters of Python's manual; on a GPU the width and depth of GPT-2 small."""
     task = tasks.chars()
-    symbols = task.build().symbol.num_embeddings  # type: ignore[union-attr,operator]
+    symbols = task.build().symbol.num_embeddings
     width, layers, heads = (768, 12, 12) if device == "cuda" else (32, 2, 2)
     return replace(task, build=lambda: tasks.CharTransformer(int(symbols), 32, width, layers, heads))
 
@@ -96,7 +69,7 @@ class ConvNet(nn.Module):
         x = self.stem(pixels.view(-1, 1, 8, 8))
         for block in self.blocks:
             x = torch.relu(x + block(x))
-        return self.out(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.out(x.mean(dim=(2, 3)))
 
 
 def convnet(device: str) -> Task:
@@ -133,9 +106,9 @@ def _train(lanes: list[Lane], task: Task, device: str, steps: int) -> Samples:
     for step in range(steps):
         batch = next(batches)
         for lane in order(lanes, step):
-            seconds = lane.train(task, batch)
+            lane.advance(task, batch, gpu_clocks.synchronize)
             if step >= min(WARM_UP, steps // 2):
-                samples.add(lane.label, seconds)
+                samples.add(lane.label, lane.iteration_seconds[-1])
     return samples
 
 
@@ -148,7 +121,7 @@ def _measurements(lanes: list[Lane], samples: Samples) -> list[Measurement]:
     measured: list[Measurement] = []
     for lane in lanes:
         whole = samples.seconds[lane.label]
-        own = lane.optimizing[-len(whole) :]
+        own = lane.step_seconds[-len(whole) :]
         measured += [
             (lane.label, "training_us", samples.time(lane.label).scaled(1e6)),
             (lane.label, "us_per_step", Spread.of(own).scaled(1e6)),

@@ -18,7 +18,7 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,25 +42,50 @@ LEARNING_RATES = {"Adam": 3e-3, "AdamW": 3e-3, "RAdam": 1e-2, "NAdam": 3e-3, "Ra
 """One rate for each rule, chosen to train well within the steps above, not to win: `fastopt.compare` is for that."""
 
 
+def _no_wait() -> None:
+    """A CPU has finished when a call returns."""
+
+
 @dataclass
 class Lane:
-    """One of the twins: a model, the optimizer that trains it, and what was measured."""
+    """One of the twins: a model, the optimizer that trains it, and what was measured at every step."""
 
     label: str
     model: nn.Module
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    train_seconds: float = 0.0
+    """Of ``optimizer.step()`` alone."""
+    iteration_seconds: list[float] = field(default_factory=list)
+    """Of everything: forward, backward, step."""
     score: float = math.nan
 
     @property
     def step_median(self) -> float:
         return statistics.median(self.step_seconds)
 
+    @property
+    def train_seconds(self) -> float:
+        return sum(self.iteration_seconds)
+
     def difference(self, other: Lane) -> float:
         """The largest difference between the two loss curves; 0 when they are the same to the last bit."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
+
+    def advance(self, task: tasks.Task, batch: tasks.Batch, wait: Callable[[], None] = _no_wait) -> None:
+        """Train one step; `wait` waits for the device, so that each part's time is its own."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = task.loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        wait()
+        before = time.perf_counter()
+        self.optimizer.step()
+        wait()
+        end = time.perf_counter()
+        self.losses.append(loss.item())
+        self.step_seconds.append(end - before)
+        self.iteration_seconds.append(end - start)
 
 
 @dataclass(frozen=True)
@@ -164,26 +189,13 @@ def race(task: tasks.Task, pair: Pair, steps: int, seed: int, bar: Progress) -> 
     for step, batch in zip(range(steps), task.batches(seed), strict=False):
         first = step % len(lanes)
         for lane in lanes[first:] + lanes[:first]:
-            _advance(task, lane, batch)
+            lane.advance(task, batch)
         losses = f"loss {torch_lanes[0].losses[-1]:.4f} torch, {ours.losses[-1]:.4f} fastopt"
         bar.advance(f"{task.name}  {pair.name}  {losses}")
     for lane in lanes:
         with scored_weights(lane.optimizer):
             score_name, lane.score = next(iter(task.evaluate(lane.model).items()))
     return Result(task.name, pair.name, score_name, tuple(torch_lanes), ours, pair.same_rule)
-
-
-def _advance(task: tasks.Task, lane: Lane, batch: tasks.Batch) -> None:
-    start = time.perf_counter()
-    lane.optimizer.zero_grad()
-    loss = task.loss(lane.model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    before = time.perf_counter()
-    lane.optimizer.step()
-    end = time.perf_counter()
-    lane.losses.append(loss.item())
-    lane.step_seconds.append(end - before)
-    lane.train_seconds += end - start
 
 
 @contextmanager

@@ -599,7 +599,7 @@ def test_streams_without_arithmetic_touch_every_element() -> None:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     runner = streams.stripped(states=2, numel=1003)
-    g, *updated = runner._run.__defaults__[0]
+    g, *updated = runner.tensors
     g.fill_(5.0)
     runner.run()
     assert all(torch.equal(tensor, torch.full_like(tensor, 4.0)) for tensor in updated)
