@@ -150,8 +150,6 @@ def _study(kind: str) -> GpuCase:
         workload=workload,
         rivals="fast" if own else "peers",
         goals=(),
-        studied=True,
-        seconds=2.0,
     )
 
 

@@ -89,23 +89,30 @@ std::string advice(cudaError_t error, int device) {
   throw std::runtime_error(text);
 }
 
-// Launches enough blocks for so many warps or threads, `per_block` of them in each, on a device that is current only
-// meanwhile. `name` is called when something fails.
+// Calls f on a device that is current only meanwhile.
+template <class F>
+cudaError_t on_device(int device, const F& f) {
+  int before;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  error = f();
+  if (before != device) cudaSetDevice(before);
+  return error;
+}
+
+// Launches enough blocks for so many warps or threads, `per_block` of them in each. `name` is called when something
+// fails.
 template <class Name>
 void launch(const Target& target, const void* kernel, const void* parameters, uint32_t count, int per_block,
             const Name& name) {
-  const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) fail(error, name(), target.device);
-  };
-  int before;
-  check(cudaGetDevice(&before));
-  if (before != target.device) check(cudaSetDevice(target.device));
   void* arguments[] = {const_cast<void*>(parameters)};
   const dim3 blocks((count + per_block - 1) / per_block);
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, blocks, dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(target.stream));
-  if (before != target.device) cudaSetDevice(before);
-  check(error);
+  const cudaError_t error = on_device(target.device, [&] {
+    return cudaLaunchKernel(kernel, blocks, dim3(block_threads), arguments, 0,
+                            static_cast<cudaStream_t>(target.stream));
+  });
+  if (error != cudaSuccess) fail(error, name(), target.device);
 }
 
 template <class T, int tier>
@@ -164,19 +171,15 @@ void load(int device, Mix mix, bool centralise) {
     if (centralise) kernels.push_back(sum_rows_of(tier, wide));
     kernels.push_back(make_rows_of(tier));
   }
-  const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess)
-      fail(error, "the first of the kernels for " + std::string(mix_names[static_cast<int>(mix)]), device);
-  };
-  int before;
-  check(cudaGetDevice(&before));
-  if (before != device) check(cudaSetDevice(device));
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaSuccess;
-  for (const void* kernel : kernels)
-    if (kernel && error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (before != device) cudaSetDevice(before);
-  check(error);
+  const cudaError_t error = on_device(device, [&] {
+    cudaFuncAttributes attributes;
+    cudaError_t first = cudaSuccess;
+    for (const void* kernel : kernels)
+      if (kernel && first == cudaSuccess) first = cudaFuncGetAttributes(&attributes, kernel);
+    return first;
+  });
+  if (error != cudaSuccess)
+    fail(error, "the first of the kernels for " + std::string(mix_names[static_cast<int>(mix)]), device);
 }
 
 void sum_rows(const Target& target, const Launch& what, bool wide) {
