@@ -6,6 +6,7 @@
 #   CASES, SEED  how many random programs, and which
 #   BASE         the commit to race against
 #   TABLE        where `make contract` writes, if not to docs/contract.md
+#   FASTOPT_COMMIT  what benchmark records call this tree, where it is a copy without its history
 #   FASTOPT_CUDA, FASTOPT_CUDA_ARCHS, FASTOPT_CUDA_MIXES, CUDA_HOME, CXX, MAX_JOBS
 #                what is built, and with what: see setup.py. By default kernels for the GPUs present, none if there is
 #                none; for the tests kernels for sm_90 wherever there is nvcc, and the emulator of a device

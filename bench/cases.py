@@ -32,7 +32,7 @@ class Workload:
     sizes at which allocation would be most of the run), "shared" hands all contenders the same memory behind new tensor
     objects (for sizes at which the copies would not fit, and only to those that leave gradients as they are: optimi
     does not). `misaligned` tensors begin one element after a multiple of 16
-    bytes, as views into a flat buffer do.
+    bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -42,6 +42,7 @@ class Workload:
     gradients: Literal["fresh", "rewritten", "shared"] = "fresh"
     dtype: torch.dtype = torch.float32
     misaligned: bool = False
+    scheduled: bool = False
 
     @property
     def numel(self) -> int:
@@ -181,6 +182,12 @@ def _half_absent() -> Case:
     return _structure("absent 1000x64, half", "1000x64, half without a gradient", workload, all_present)
 
 
+def _scheduled() -> Case:
+    constant = Yardstick("fastopt, one learning rate", workload=TINY)
+    size = "1000x64, another learning rate in every step"
+    return _structure("scheduled 1000x64", size, replace(TINY, scheduled=True), constant)
+
+
 def _misaligned() -> Case:
     aligned = Yardstick("fastopt, aligned", workload=MEDIUM)
     size = "1000x50,000, misaligned"
@@ -268,6 +275,7 @@ CASES: tuple[Case, ...] = (
     *(_grouped(400, 64, settings) for settings in (1, 4, 28)),
     _grouped(465, 1000, 28),
     _half_absent(),
+    _scheduled(),
     _misaligned(),
     Case("many 10,000x64", "models", "10,000x64", MANY, "fused", RULES["AdamW"], seconds=5),
     Case("large 20x5,000,000", "models", "20x5,000,000", LARGE, "fused", RULES["AdamW"], seconds=5, least_rounds=6),

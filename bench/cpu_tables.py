@@ -332,7 +332,9 @@ def _noise(results: Results) -> str:
 
 _BLOCKS: dict[str, tuple[Callable[[Results], str], ...]] = {
     "cpu": (_adam, _rules),
-    "structure": (_compared("Many groups, absent gradients, misaligned tensors: Adam, fp32", "structure"),),
+    "structure": (
+        _compared("Many groups, absent gradients, changing rates, misaligned tensors: Adam, fp32", "structure"),
+    ),
     "models": (_compared("Parameter lists of real models, and of extremes: AdamW, fp32", "models"),),
     "mixes": (_mixes,),
     "compiled": (_compared("Against the compiled step of torch, fp32", "compiled"), _first_steps),

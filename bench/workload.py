@@ -96,6 +96,9 @@ class OptimizerRunner:
 
     def prepare(self, step: int) -> None:
         self.tensors.give_gradients(self.parameters, step)
+        if self.tensors.workload.scheduled:
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3 / (1 + step / 1000)
 
     def run(self) -> None:
         self.optimizer.step()

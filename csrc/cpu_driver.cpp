@@ -1,5 +1,5 @@
-// Splits the flat range of all elements over torch's threads and feeds each item's part to its kernel: directly where
-// the streams are dense and of the compute type, else tile by tile through an L1-sized scratch.
+// Splits tensors over torch's threads, and feeds each item's part to its kernel: directly where the streams are dense
+// and of the compute type, else tile by tile through an L1-sized scratch.
 #include "cpu_driver.h"
 
 #include <ATen/Parallel.h>
@@ -15,7 +15,14 @@ namespace fastopt {
 namespace {
 
 constexpr int64_t grain = 16384;    // elements below which a second thread costs more than it saves
+constexpr int64_t overhead = 64;    // elements that could be updated in the time that a tensor costs for being one
 constexpr int64_t split_unit = 64;  // elements: parts of a tensor start on whole cache lines of every dtype
+
+template <class... Chains>
+int slots(List<Chains...>, int chain) {
+  static constexpr int counts[] = {Chains::slots...};
+  return counts[chain];
+}
 
 template <class... Chains>
 std::vector<std::string> names(List<Chains...>) {
@@ -203,7 +210,7 @@ void run_rows(const Item& item, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void run_item(const Item& item, int64_t begin, int64_t end) {
+void run_as(const Item& item, int64_t begin, int64_t end) {
   if (item.rows > 0)
     run_rows<T>(item, begin, end);
   else
@@ -216,18 +223,6 @@ int64_t snap(const Item& item, int64_t at) {
   return std::min(item.n, (at + unit - 1) / unit * unit);
 }
 
-// The hardware notices a stream only after some lines, which is all there is of a small tensor.
-void prefetch_head(const Item& item) {
-  constexpr int64_t bytes = 256;
-  const auto head = [&](const void* data, Dtype dtype) {
-    const int64_t n = std::min(bytes, item.n * size_of(dtype));
-    for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
-  };
-  head(item.p, item.p_dtype);
-  head(item.g, item.g_dtype);
-  for (int k = 0; k < item.slots; ++k) head(item.s[k], item.s_dtype[k]);
-}
-
 }  // namespace
 
 const InstructionSet& instruction_set() {
@@ -236,31 +231,38 @@ const InstructionSet& instruction_set() {
 }
 
 std::vector<std::string> chain_names() { return names(Chains{}); }
+int chain_slots(int chain) { return slots(Chains{}, chain); }
 
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
 }
 
-void CpuDriver::run(const std::vector<Item>& items) {
-  begins_.clear();
-  int64_t total = 0;
-  for (const Item& item : items) {
-    begins_.push_back(total);
-    total += item.n;
-  }
-  at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+void run_item(const Item& item, int64_t begin, int64_t end) {
+  if (item.n == 0) return;
+  const int64_t first = snap(item, begin), last = snap(item, end);
+  if (first >= last) return;
+  if (item.wide)
+    run_as<double>(item, first, last);
+  else
+    run_as<float>(item, first, last);
+}
+
+void Shares::clear() {
+  begins_.assign(1, 0);
+  elements_ = 0;
+}
+
+void Shares::add(int64_t n) {
+  begins_.push_back(begins_.back() + overhead + n);
+  elements_ += n;
+}
+
+void Shares::run(const std::function<void(size_t, int64_t, int64_t, bool)>& f) const {
+  at::parallel_for(0, begins_.back(), grain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
-    for (; i < items.size() && begins_[i] < end; ++i) {
-      const Item& item = items[i];
-      if (item.n == 0) continue;
-      const int64_t first = snap(item, std::max<int64_t>(0, begin - begins_[i]));
-      const int64_t last = snap(item, std::min(item.n, end - begins_[i]));
-      if (first >= last) continue;
-      if (i + 2 < items.size()) prefetch_head(items[i + 2]);
-      if (item.wide)
-        run_item<double>(item, first, last);
-      else
-        run_item<float>(item, first, last);
+    for (; i + 1 < begins_.size() && begins_[i] < end; ++i) {
+      const int64_t n = begins_[i + 1] - begins_[i] - overhead, zero = begins_[i] + overhead;
+      f(i, std::clamp<int64_t>(begin - zero, 0, n), std::clamp<int64_t>(end - zero, 0, n), begin <= begins_[i]);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Runs a list of work items on the CPU: one flat range of elements, split over torch's threads.
+// Runs work items on the CPU, and splits them over torch's threads.
 #pragma once
 
 #include <cstdint>
@@ -39,16 +39,28 @@ struct Item {
 const InstructionSet& instruction_set();
 
 std::vector<std::string> chain_names();
+int chain_slots(int chain);
 
 // Calls f on parts of [0, n) on torch's threads; parts are at least `grain` long.
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
-class CpuDriver {
+// Updates the elements [begin, end) of an item, both moved up to where its parts may start.
+void run_item(const Item& item, int64_t begin, int64_t end);
+
+// Deals tensors out to torch's threads: a tensor weighs as much as its elements and a fixed amount for being one, and
+// is cut where a thread's share ends.
+class Shares {
  public:
-  void run(const std::vector<Item>& items);
+  void clear();
+  void add(int64_t n);
+  int64_t elements() const { return elements_; }
+  // Calls f(i, begin, end, first) for every part [begin, end) of every tensor i; `first` once for each, even without
+  // elements.
+  void run(const std::function<void(size_t, int64_t, int64_t, bool)>& f) const;
 
  private:
-  std::vector<int64_t> begins_;  // first element of each item in the flat range; kept to avoid allocation
+  std::vector<int64_t> begins_{0};  // where each tensor begins in the range of all weights, and where the last one ends
+  int64_t elements_ = 0;
 };
 
 }  // namespace fastopt

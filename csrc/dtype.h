@@ -132,4 +132,35 @@ struct Stored<Dtype::f16> {
   }
 };
 
+// Counters are single numbers of one of these types.
+enum class CounterKind : int8_t { f32, f64, i32, i64 };
+
+FASTOPT_HD double read_counter(const void* counter, CounterKind kind) {
+  switch (kind) {
+    case CounterKind::f32:
+      return *static_cast<const float*>(counter);
+    case CounterKind::f64:
+      return *static_cast<const double*>(counter);
+    case CounterKind::i32:
+      return *static_cast<const int32_t*>(counter);
+    default:
+      return static_cast<double>(*static_cast<const int64_t*>(counter));
+  }
+}
+FASTOPT_HD void write_counter(void* counter, CounterKind kind, double value) {
+  switch (kind) {
+    case CounterKind::f32:
+      *static_cast<float*>(counter) = static_cast<float>(value);
+      break;
+    case CounterKind::f64:
+      *static_cast<double*>(counter) = value;
+      break;
+    case CounterKind::i32:
+      *static_cast<int32_t*>(counter) = static_cast<int32_t>(value);
+      break;
+    default:
+      *static_cast<int64_t*>(counter) = static_cast<int64_t>(value);
+  }
+}
+
 }  // namespace fastopt

@@ -25,14 +25,16 @@ struct Row {
 };
 
 struct RowKey {
+  static constexpr uint64_t settings_own = ~uint64_t{0};
   PyObject* setting;
   double t;      // the step to take, from 1; 0: no gradient, slow weights only
   double carry;  // the second counter's value
   bool single;   // the second counter is float32, and its next value is rounded to it
   bool sync;
+  uint64_t lr = settings_own;  // else the bits of what it is now
   bool operator==(const RowKey& other) const {
     return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
-           sync == other.sync;
+           sync == other.sync && lr == other.lr;
   }
 };
 

@@ -87,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
              return translated([&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()); }) ==
                     fastopt::Verdict::ready;
            })
+      .def("step",
+           [](Plan& plan, py::dict optimizer) { return translated([&] { return plan.step(optimizer.ptr()); }); })
       .def("devices", &Plan::devices)
       .def("device_launches", &Plan::device_launches)
       .def("launch", [](Plan& plan, const std::vector<std::array<uintptr_t, 3>>& steps) {

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -11,16 +12,17 @@
 namespace fastopt {
 namespace {
 
-constexpr size_t most_settings = 512;   // remembered before they are looked up afresh
 constexpr int64_t examine_grain = 200;  // tensors worth a thread of their own
 constexpr size_t far = 32, near = 16;   // how many entries ahead cache lines are asked for: addresses, then contents
+constexpr size_t data_ahead = 2;        // whose elements are asked for before their turn
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
+// What of `sync` is a group's.
+PyObject* asked(PyObject* sync, size_t group) {
+  return sync == Py_None ? Py_False : PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(group));
+}
+
 }  // namespace
-
-double Plan::read(const Counter& counter) { return read_counter(counter.memory.data, counter.kind); }
-
-void Plan::write(const Counter& counter, double value) { write_counter(counter.memory.data, counter.kind, value); }
 
 Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, bool emulate)
     : hyper_(sequence(hyper)),
@@ -70,9 +72,10 @@ int Plan::traverse(visitproc visit, void* arg) const {
 
 void Plan::clear() {
   built_ = false;
-  items_.clear();
-  active_.clear();
+  found_.clear();
+  shared_ = false;
   states_.clear();
+  tracked_.clear();
   devices_.clear();
   const auto blobs = std::exchange(blobs_, {});
   const auto wrapped = std::exchange(wrapped_, {});
@@ -85,153 +88,69 @@ void Plan::clear() {
 
 // Whether the memory behind p, its states and its counters is still the memory the plan recorded.
 bool Plan::check_tensors(const Entry& entry) const {
-  if (!unchanged(entry.object, entry.memory) || fingerprint(entry.memory.impl->sizes()) != entry.shape) return false;
-  for (int k = 0; k < entry.slot_count; ++k) {
-    const Slot& slot = entry.slots[k];
-    if (!unchanged(slot.object, slot.memory) || slot.memory.impl->numel() != entry.n) return false;
-  }
+  const Tracked* const tensor = tensors(entry);
+  if (!unchanged(tensor[0]) || fingerprint(tensor[0].impl->sizes()) != entry.shape) return false;
+  for (int k = 1; k <= entry.slot_count; ++k)
+    if (!unchanged(tensor[k]) || tensor[k].impl->numel() != entry.n) return false;
   for (int k = 0; k < entry.counter_count; ++k)
-    if (!unchanged(entry.counters[k].object, entry.counters[k].memory)) return false;
-  return (entry.memory.contiguous && !entry.layout) || check_strides(entry);
+    if (!unchanged(tensor[counters_at(entry) + k])) return false;
+  return (tensor[0].contiguous && !entry.layout) || check_strides(entry);
 }
 
 // Strides may change where neither address nor size does.
 bool Plan::check_strides(const Entry& entry) const {
-  const c10::TensorImpl* p = entry.memory.impl;
+  const Tracked* const tensor = tensors(entry);
+  const c10::TensorImpl* const p = tensor[0].impl;
   if (!entry.layout) {
-    for (int k = 0; k < entry.slot_count; ++k)
-      if (!same_strides(p, entry.slots[k].memory.impl)) return false;
+    for (int k = 1; k <= entry.slot_count; ++k)
+      if (!same_strides(p, tensor[k].impl)) return false;
     return p->is_non_overlapping_and_dense();
   }
   if (p->sizes() != c10::IntArrayRef(entry.layout->sizes)) return false;
   if (p->strides() != c10::IntArrayRef(entry.layout->strides[0])) return false;
-  for (int k = 0; k < entry.slot_count; ++k)
-    if (entry.slots[k].memory.impl->strides() != c10::IntArrayRef(entry.layout->strides[2 + k])) return false;
+  for (int k = 1; k <= entry.slot_count; ++k)
+    if (tensor[k].impl->strides() != c10::IntArrayRef(entry.layout->strides[1 + k])) return false;
   return true;
-}
-
-// What the kernel that makes rows needs to know of a group's setting.
-void Plan::read_row_setting(Group& group) {
-  Ref result = Ref::steal(PyObject_CallMethodNoArgs(group.setting.get(), names().on_device));
-  if (result.get() == Py_None)
-    throw std::invalid_argument("fastopt: this optimizer has no coefficient rows on a device: see csrc/rows.h");
-  RowSetting row;
-  std::memset(&row, 0, sizeof row);  // padding too: settings are compared as bytes
-  int rule, decay, maximize, slow;
-  PyObject *hyper, *chains;
-  if (!PyArg_ParseTuple(result.get(), "iippdddO!O!", &rule, &decay, &maximize, &slow, &row.weight_decay, &row.alpha,
-                        &row.period, &PyTuple_Type, &hyper, &PyTuple_Type, &chains))
-    throw PythonError{};
-  row.rule = static_cast<int8_t>(rule);
-  row.decay = static_cast<Decay>(decay);
-  row.maximize = maximize;
-  row.slow = slow;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(hyper) && i < max_hyper; ++i) {
-    PyObject* value = PyTuple_GET_ITEM(hyper, i);
-    if (!is_tensor(value)) {
-      row.hyper[i].value = PyFloat_AsDouble(value);
-      if (row.hyper[i].value == -1.0 && PyErr_Occurred()) throw PythonError{};
-      continue;
-    }
-    Dtype dtype;
-    if (!dtype_of(impl_of(value), &dtype) || size_of(dtype) < 4)
-      throw std::invalid_argument("fastopt: a hyper-parameter on a device must be float32 or float64");
-    row.sources[i] = dtype == Dtype::f64 ? Source::f64 : Source::f32;
-    row.hyper[i].f64 = static_cast<const double*>(data_of(impl_of(value)));
-  }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(chains) && i < ways; ++i)
-    row.chains[i] = static_cast<int16_t>(PyLong_AsLong(PyTuple_GET_ITEM(chains, i)));
-  group.row_setting = row;
-  group.on_device = std::move(result);
-}
-
-DeviceSetting Plan::device_setting(Group& group, PyObject* sync) {
-  if (!group.on_device) read_row_setting(group);
-  DeviceSetting setting;
-  std::memset(&setting, 0, sizeof setting);
-  std::memcpy(&setting.setting, &group.row_setting, sizeof setting.setting);
-  if (PyTuple_Check(sync)) {
-    setting.group_step = static_cast<const float*>(data_of(impl_of(PyTuple_GET_ITEM(sync, 0))));
-    setting.group_period = PyFloat_AsDouble(PyTuple_GET_ITEM(sync, 1));
-  }
-  setting.asked = sync == Py_True;
-  return setting;
 }
 
 void Plan::add_counted(Entry& entry, const Found& found, const DeviceSetting& setting) {
   const bool stepped = found.grad != nullptr;
-  devices_[entry.device].set(entry.number, stepped ? found.data : entry.memory.data, setting, stepped,
+  devices_[entry.device].set(entry.number, stepped ? found.data : tensors(entry)->data, setting, stepped,
                              entry.slot_count);
-  active_.push_back({&entry, nullptr, stepped});
 }
 
-// Keeps the memos bounded: rows of past steps, and settings under a scheduler that never repeats a value.
-void Plan::trim() {
-  const bool settings_full = static_cast<size_t>(PyDict_GET_SIZE(settings_.get())) > most_settings;
-  if (settings_full) PyDict_Clear(settings_.get());
-  if (memo_.size() < Memo::usual) return;
-  std::swap(memo_, older_);
-  memo_.clear();
-  for (Group& group : groups_) group.last_row = nullptr;
-}
-
-const Row* Plan::row_for(Group& group, const RowKey& key) {
-  if (group.last_row && group.last_key == key) return group.last_row;
-  const Row* row = memo_.find(key);
-  if (!row) row = older_.find(key);
-  if (!row) {
-    Row fresh{};
-    compute_row(key, fresh);  // may raise, and then leaves nothing behind
-    Row& kept = memo_.insert(key);
-    kept = std::move(fresh);
-    row = &kept;
-  }
-  group.last_key = key;
-  group.last_row = row;
-  return row;
-}
-
-void Plan::add_item(Entry& entry, Group& group, const Found& found, bool sync) {
+// Finds the row of a parameter that takes part in this step.
+void Plan::activate(Entry& entry, Group& group, Found& found, bool sync) {
   const bool stepped = found.grad != nullptr;
   RowKey key{group.setting.get(), 0, 0, true, sync};
   if (stepped) {
     key.t = found.t;
     key.carry = found.carry;
-    key.single = entry.counter_count < 2 || entry.counters[1].kind == CounterKind::f32;
+    key.single = entry.counter_count < 2 || tensors(entry)[counters_at(entry) + 1].kind == CounterKind::f32;
   }
-  const Row* row = row_for(group, key);
-  active_.push_back({&entry, row, stepped});
-  if (entry.device >= 0) {
-    devices_[entry.device].set(entry.number, stepped ? found.data : entry.memory.data, *row);
-    return;
+  found.row = row_for(group, key);
+  group.used = true;
+  const Tracked* const p = tensors(entry);
+  if (!stepped) {
+    found.flat = !entry.layout;
+    found.data = p->data;
+    found.dtype = p->dtype;
   }
-  const bool flat = stepped ? found.flat : !entry.layout;
-  Item& item = items_.emplace_back();
-  item.p = entry.memory.data;
-  item.g = stepped ? found.data : entry.memory.data;
-  item.wide = entry.dtype == Dtype::f64;
-  item.row = item.wide ? static_cast<const void*>(row->f64) : row->f32;
-  item.n = entry.n;
-  item.rows = stepped ? entry.rows : 0;
-  item.chain = row->chain;
-  item.slots = row->slots;
-  item.first_slot = row->first_slot;
-  item.p_dtype = entry.dtype;
-  item.g_dtype = stepped ? found.dtype : entry.dtype;
-  for (int k = 0; k < row->slots; ++k) {
-    item.s[k] = entry.slots[row->first_slot + k].memory.data;
-    item.s_dtype[k] = entry.slots[row->first_slot + k].dtype;
-  }
-  item.layout = flat ? nullptr : layout_with(entry, stepped ? found.grad->strides() : entry.memory.impl->strides());
-  item.direct = flat && entry.one_dtype && item.g_dtype == entry.dtype;
-  total_ += entry.n;
+  if (entry.device >= 0)
+    devices_[entry.device].set(entry.number, found.data, *found.row);
+  else if (!found.flat)
+    layout_with(entry, (stepped ? found.grad : p->impl)->strides());
 }
 
+// Once something does not fit, nothing does until the plan is built again.
 Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
+  const Verdict verdict = inspect(groups, state, sync);
+  if (verdict == Verdict::rebuild) built_ = false;
+  return verdict;
+}
+
+Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   if (running_) throw std::runtime_error("fastopt: this optimizer is inside step() in another thread");
-  items_.clear();
-  active_.clear();
-  total_ = 0;
   if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
@@ -243,96 +162,132 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
   found_.resize(entries_.size());
   if (!check_wrapped()) return Verdict::rebuild;
 
+  for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
   // This touches no Python object's reference count, so it may run on several threads at once.
-  parallel(static_cast<int64_t>(entries_.size()), examine_grain,
-           [this](int64_t begin, int64_t end) { examine(static_cast<size_t>(begin), static_cast<size_t>(end)); });
+  std::atomic<bool> intact = true, settled = shared_;
+  parallel(static_cast<int64_t>(entries_.size()), examine_grain, [&](int64_t begin, int64_t end) {
+    const auto first = static_cast<size_t>(begin), last = static_cast<size_t>(end);
+    if (!check_objects(first, last))
+      intact = false;
+    else if (!examine(first, last, sync))
+      settled = false;
+  });
+  if (!intact) return Verdict::rebuild;
+  if (settled) return Verdict::ready;
 
-  for (size_t i = 0; i < groups_.size(); ++i) {
-    Group& group = groups_[i];
-    PyObject* const asked = sync == Py_None ? Py_False : PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(i));
-    const bool synchronise = asked != Py_False;
-    std::optional<DeviceSetting> setting;
-    for (size_t k = group.first; k < group.first + group.count; ++k) {
-      Entry& entry = entries_[k];
-      const Found& found = found_[k];
-      if (!entry.native) continue;
-      if (!found.fits) return Verdict::rebuild;
-      if (!found.grad && !(synchronise && entry.has_state)) continue;
-      if (!entry.has_state) return Verdict::rebuild;
-      if (!entry.counted) {
-        if (PyTuple_Check(asked))
-          throw std::invalid_argument("fastopt: a group counts on a device, its state does not");
-        add_item(entry, group, found, synchronise);
-        continue;
-      }
-      if (!setting) setting = device_setting(group, asked);
-      add_counted(entry, found, *setting);
-    }
-  }
+  shared_ = false;
+  shares_.clear();
+  for (size_t i = 0; i < groups_.size(); ++i)
+    if (!decide(groups_[i], asked(sync, i))) return Verdict::rebuild;
+  shared_ = true;
   return Verdict::ready;
+}
+
+// Whether all that is to be decided of this parameter is decided: it takes part as it did in the last step, with the
+// row that was foreseen.
+bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync) const {
+  if (!entry.native) return !found.active;
+  if (!found.fits || entry.counted || found.active != (found.grad != nullptr)) return false;
+  if (!found.grad) return !(sync && entry.has_state);
+  const RowKey& key = group.last_key;
+  const bool single = entry.counter_count < 2 || tensors(entry)[counters_at(entry) + 1].kind == CounterKind::f32;
+  if (!group.likely || !found.flat || found.t != key.t || found.carry != key.carry || single != key.single)
+    return false;
+  found.row = group.last_row;
+  if (std::atomic_ref used(group.used); !used.load(std::memory_order_relaxed))
+    used.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+// What this step does with each parameter of a group.
+bool Plan::decide(Group& group, PyObject* asked) {
+  const bool synchronise = asked != Py_False;
+  std::optional<DeviceSetting> setting;
+  for (size_t k = group.first; k < group.first + group.count; ++k) {
+    Entry& entry = entries_[k];
+    Found& found = found_[k];
+    if (entry.native && !found.fits) return false;
+    found.active = entry.native && (found.grad || (synchronise && entry.has_state));
+    if (found.active && !entry.has_state) return false;
+    shares_.add(found.active && entry.device < 0 ? entry.n : 0);
+    if (!found.active) continue;
+    if (!entry.counted) {
+      if (PyTuple_Check(asked)) throw std::invalid_argument("fastopt: a group counts on a device, its state does not");
+      activate(entry, group, found, synchronise);
+      continue;
+    }
+    if (!setting) setting = device_setting(group, asked);
+    add_counted(entry, found, *setting);
+  }
+  return true;
 }
 
 // A tensor is spread over half a dozen cache lines that nothing else keeps warm. Their addresses are known from the
 // last step, except a gradient's, so each is asked for some entries ahead of its use.
-void Plan::examine(size_t begin, size_t end) {
+bool Plan::examine(size_t begin, size_t end, PyObject* sync) {
+  bool settled = true;
+  size_t at = 0;
   for (size_t k = begin; k < std::min(begin + far, end); ++k) prefetch(entries_[k]);
   for (size_t k = begin; k < std::min(begin + near, end); ++k) found_[k].grad = find_grad(entries_[k]);
   for (size_t k = begin; k < end; ++k) {
     if (k + far < end) prefetch(entries_[k + far]);
     if (k + near < end) found_[k + near].grad = find_grad(entries_[k + near]);
-    const Entry& entry = entries_[k];
-    Found& found = found_[k];
-    if (!entry.native) continue;
-    found.fits = check_tensors(entry) && (!found.grad || check_grad(entry, found));
-    if (!found.fits || !found.grad) continue;
-    // A rule without a counter knows its first step by the state that was just created for it.
-    if (entry.counted) continue;
-    found.t = entry.counter_count > 0 ? read(entry.counters[0]) + 1 : entry.fresh ? 1 : 2;
-    found.carry = entry.counter_count > 1 ? read(entry.counters[1]) : 0;
+    while (k >= groups_[at].first + groups_[at].count) ++at;
+    look(entries_[k], found_[k]);
+    settled = take_likely(entries_[k], groups_[at], found_[k], asked(sync, at) != Py_False) && settled;
   }
+  return settled;
 }
 
-bool Plan::check_grad(const Entry& entry, Found& found) {
-  const c10::TensorImpl *p = entry.memory.impl, *grad = found.grad;
+void Plan::look(const Entry& entry, Found& found) const {
+  if (!entry.native) return;
+  found.row = nullptr;
+  found.fits = check_tensors(entry) && (!found.grad || check_grad(entry, found));
+  if (!found.fits || !found.grad || entry.counted) return;
+  // A rule without a counter knows its first step by the state that was just created for it.
+  const Tracked* const counter = tensors(entry) + counters_at(entry);
+  found.t = entry.counter_count > 0 ? read_counter(counter[0].data, counter[0].kind) + 1 : entry.fresh ? 1 : 2;
+  found.carry = entry.counter_count > 1 ? read_counter(counter[1].data, counter[1].kind) : 0;
+}
+
+bool Plan::check_grad(const Entry& entry, Found& found) const {
+  const c10::TensorImpl *p = tensors(entry)->impl, *grad = found.grad;
   if (!is_plain(grad) || !dtype_of(grad, &found.dtype) || grad->sizes() != p->sizes()) return false;
   if (entry.device >= 0 && !fits_table(entry, found)) return false;
-  found.flat = !entry.layout && ((entry.memory.contiguous && grad->is_contiguous()) || same_strides(p, grad));
+  found.flat = !entry.layout && ((tensors(entry)->contiguous && grad->is_contiguous()) || same_strides(p, grad));
   found.data = grad->data();
   return found.data || entry.n == 0;  // a released storage has no address
 }
 
 // Whether a gradient is of the kind that a device's table says it is.
-bool Plan::fits_table(const Entry& entry, const Found& found) {
-  const c10::TensorImpl *p = entry.memory.impl, *grad = found.grad;
+bool Plan::fits_table(const Entry& entry, const Found& found) const {
+  const c10::TensorImpl *p = tensors(entry)->impl, *grad = found.grad;
   if (found.dtype != entry.g_dtype || grad->device() != p->device()) return false;
   if (entry.aligned && !is_aligned(grad->data())) return false;
   if (entry.layout) return grad->strides() == c10::IntArrayRef(entry.layout->strides[1]);
-  return (entry.memory.contiguous && grad->is_contiguous()) || same_strides(p, grad);
+  return (tensors(entry)->contiguous && grad->is_contiguous()) || same_strides(p, grad);
 }
 
-void Plan::prefetch(const Entry& entry) {
+void Plan::prefetch(const Entry& entry) const {
   if (!entry.native) return;
-  const auto touch = [](PyObject* object, const TensorMemory& memory) {
-    __builtin_prefetch(reinterpret_cast<const char*>(object) + 16);
-    __builtin_prefetch(memory.impl);
-    __builtin_prefetch(reinterpret_cast<const char*>(memory.impl) + sizeof(c10::TensorImpl) - 1);
-    __builtin_prefetch(memory.storage);
-    __builtin_prefetch(memory.version, 1);
-  };
-  touch(entry.object, entry.memory);
-  __builtin_prefetch(reinterpret_cast<const char*>(entry.memory.impl) + 64);
-  __builtin_prefetch(entry.meta);
-  for (int k = 0; k < entry.slot_count; ++k) touch(entry.slots[k].object, entry.slots[k].memory);
-  for (int k = 0; k < entry.counter_count; ++k) {
-    touch(entry.counters[k].object, entry.counters[k].memory);
-    __builtin_prefetch(entry.counters[k].memory.data, 1);
+  const Tracked* const tensor = tensors(entry);
+  const int counters = counters_at(entry);
+  for (int k = 0; k < counters + entry.counter_count; ++k) {
+    __builtin_prefetch(reinterpret_cast<const char*>(tensor[k].object) + 16);
+    __builtin_prefetch(tensor[k].impl);
+    __builtin_prefetch(reinterpret_cast<const char*>(tensor[k].impl) + sizeof(c10::TensorImpl) - 1);
+    __builtin_prefetch(tensor[k].storage);
+    __builtin_prefetch(tensor[k].version, 1);
+    if (k >= counters) __builtin_prefetch(tensor[k].data, 1);
   }
+  __builtin_prefetch(reinterpret_cast<const char*>(tensor[0].impl) + 64);
+  __builtin_prefetch(entry.meta);
 }
 
 const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {
   if (!entry.native) return nullptr;
   if (entry.wrapped) return found_[static_cast<size_t>(&entry - entries_.data())].grad;  // check_wrapped found it
-  const c10::TensorImpl* grad = grad_of(impl_of(entry.object));
+  const c10::TensorImpl* grad = grad_of(impl_of(tensors(entry)->object));
   if (grad) {
     __builtin_prefetch(grad);
     __builtin_prefetch(reinterpret_cast<const char*>(grad) + 64);
@@ -341,21 +296,43 @@ const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {
   return grad;
 }
 
-void Plan::commit(size_t begin, size_t end) {
-  for (size_t i = begin; i < end; ++i) {
-    const Active& active = active_[i];
-    Entry& entry = *active.entry;
-    if (active.stepped) {
-      if (entry.counter_count > 0 && !entry.counted) write(entry.counters[0], read(entry.counters[0]) + 1);
-      if (entry.counter_count > 1 && !entry.counted) write(entry.counters[1], active.row->carry);
-      entry.fresh = false;
-    }
-    bump(entry.memory.impl);
-    if (entry.wrapped) bump(impl_of(entry.param.get()));
-    const int first = active.row ? active.row->first_slot : 0;
-    const int slots = active.row ? active.row->slots : entry.slot_count;
-    for (int k = first; k < first + slots; ++k) bump(entry.slots[k].memory.impl);
+void Plan::commit(Entry& entry, const Found& found) {
+  Tracked* const tensor = tensors(entry);
+  if (found.grad) {
+    const Tracked* const counter = tensor + counters_at(entry);
+    if (entry.counter_count > 0 && !entry.counted) write_counter(counter[0].data, counter[0].kind, found.t);
+    if (entry.counter_count > 1 && !entry.counted) write_counter(counter[1].data, counter[1].kind, found.row->carry);
+    entry.fresh = false;
   }
+  bump(tensor[0].impl);
+  if (entry.wrapped) bump(impl_of(entry.param.get()));
+  const int first = found.row ? found.row->first_slot : 0;
+  const int slots = found.row ? found.row->slots : entry.slot_count;
+  for (int k = first; k < first + slots; ++k) bump(tensor[1 + k].impl);
+}
+
+Item Plan::item(const Entry& entry, const Found& found) const {
+  const Tracked* const tensor = tensors(entry);
+  const Row& row = *found.row;
+  Item item;
+  item.p = tensor[0].data;
+  item.g = found.data;
+  item.wide = tensor[0].dtype == Dtype::f64;
+  item.row = item.wide ? static_cast<const void*>(row.f64) : row.f32;
+  item.n = entry.n;
+  item.rows = found.grad ? entry.rows : 0;
+  item.chain = row.chain;
+  item.slots = row.slots;
+  item.first_slot = row.first_slot;
+  item.p_dtype = tensor[0].dtype;
+  item.g_dtype = found.dtype;
+  for (int k = 0; k < row.slots; ++k) {
+    item.s[k] = tensor[1 + row.first_slot + k].data;
+    item.s_dtype[k] = tensor[1 + row.first_slot + k].dtype;
+  }
+  item.layout = found.flat ? nullptr : entry.layout.get();
+  item.direct = found.flat && entry.one_dtype && item.g_dtype == item.p_dtype;
+  return item;
 }
 
 namespace {
@@ -392,8 +369,9 @@ int Plan::device_launches() const {
 
 // Kernels write the unscaled gradient back: each of its elements must be there once.
 void Plan::check_unscaling() const {
-  for (const Active& active : active_) {
-    const Layout* layout = active.stepped && active.entry->device >= 0 ? active.entry->layout.get() : nullptr;
+  for (size_t k = 0; k < entries_.size(); ++k) {
+    const bool scaled = found_[k].active && found_[k].grad && entries_[k].device >= 0;
+    const Layout* layout = scaled ? entries_[k].layout.get() : nullptr;
     for (size_t d = 0; layout && d < layout->sizes.size(); ++d)
       if (layout->sizes[d] > 1 && layout->strides[1][d] == 0)
         throw std::runtime_error(
@@ -401,27 +379,65 @@ void Plan::check_unscaling() const {
   }
 }
 
+// The hardware notices a stream only after some lines, which is all there is of a small tensor.
+void Plan::prefetch_data(size_t k) const {
+  constexpr int64_t bytes = 256;
+  const Entry& entry = entries_[k];
+  const auto head = [&](const void* data, Dtype dtype) {
+    const int64_t n = std::min(bytes, entry.n * size_of(dtype));
+    for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+  };
+  if (!found_[k].active || entry.device >= 0) return;
+  head(found_[k].data, found_[k].dtype);
+  const Tracked* const tensor = tensors(entry);
+  head(tensor[0].data, tensor[0].dtype);
+  const Row& row = *found_[k].row;
+  for (int i = 1 + row.first_slot; i < 1 + row.first_slot + row.slots; ++i) head(tensor[i].data, tensor[i].dtype);
+}
+
+// One pass over the parameters: what is counted of each, and on the host its elements.
+void Plan::run(bool counts, bool updates) {
+  shares_.run([=, this](size_t k, int64_t begin, int64_t end, bool first) {
+    if (updates && k + data_ahead < entries_.size()) prefetch_data(k + data_ahead);
+    if (!found_[k].active) return;
+    if (counts && first) commit(entries_[k], found_[k]);
+    if (updates && begin < end) run_item(item(entries_[k], found_[k]), begin, end);
+  });
+}
+
 void Plan::launch(const std::vector<DeviceStep>& steps) {
   if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
   if (std::any_of(steps.begin(), steps.end(), [](const DeviceStep& step) { return step.grad_scale; }))
     check_unscaling();
-  parallel(static_cast<int64_t>(active_.size()), examine_grain,
-           [this](int64_t begin, int64_t end) { commit(static_cast<size_t>(begin), static_cast<size_t>(end)); });
+  if (shares_.elements() < release_above && devices_.empty()) return run(true, true);
+  run(true, false);
   for (size_t k = 0; k < devices_.size(); ++k)
     devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);
-  if (total_ < release_above) {
-    driver_.run(items_);
-    return;
-  }
+  if (shares_.elements() == 0) return;
   // Another thread may drop a gradient while the kernels read it, so hold them all.
-  for (const Active& active : active_)
-    if (active.stepped && active.entry->device < 0)
-      kept_.push_back(active.entry->memory.impl->autograd_meta()->grad().getIntrusivePtr());
+  for (size_t k = 0; k < entries_.size(); ++k)
+    if (found_[k].active && found_[k].grad && entries_[k].device < 0)
+      kept_.push_back(tensors(entries_[k])->impl->autograd_meta()->grad().getIntrusivePtr());
   {
     const Unlocked unlocked(running_);
-    driver_.run(items_);
+    run(false, true);
   }
   kept_.clear();
+}
+
+bool Plan::step(PyObject* optimizer) {
+  if (!devices_.empty()) return false;
+  for (PyObject* name : names().called) {
+    PyObject* const hooks = PyDict_GetItemWithError(optimizer, name);
+    if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) > 0) return false;
+  }
+  for (PyObject* name : names().given)
+    if (PyDict_GetItemWithError(optimizer, name)) return false;
+  PyObject* const groups = PyDict_GetItemWithError(optimizer, names().param_groups);
+  PyObject* const state = PyDict_GetItemWithError(optimizer, names().state);
+  if (!groups || !state || gather(groups, state, Py_None) != Verdict::ready) return false;
+  launch({});
+  return true;
 }
 
 }  // namespace fastopt

@@ -44,6 +44,9 @@ class Plan {
     const float* grad_scale;
   };
   void launch(const std::vector<DeviceStep>& steps);
+  // gather() and launch() for an optimizer that this plan serves alone and on the host, given its __dict__. False if
+  // there is more to do than that, and then nothing has changed.
+  bool step(PyObject* optimizer);
   // How many kernels the last launch() started on devices.
   int device_launches() const;
 
@@ -51,16 +54,6 @@ class Plan {
   void clear();
 
  private:
-  struct Slot {
-    PyObject* object;  // kept alive by inner_
-    TensorMemory memory;
-    Dtype dtype;
-  };
-  struct Counter {
-    PyObject* object;
-    TensorMemory memory;
-    CounterKind kind;
-  };
   // A parameter whose memory is another tensor's, as a DTensor's is its local shard's.
   struct Wrapped {
     size_t entry;
@@ -70,31 +63,30 @@ class Plan {
     Ref spec;                 // how the parameter is placed, if it says
     Ref grad;                 // the tensor within this step's gradient
   };
-  struct Entry {  // what every rule uses comes first: entries are read once a step, from cold memory
+  // A parameter. In tracked_ from `first` on: the tensor with its memory (itself, unless it is wrapped), its states,
+  // its counters. One cache line, for the same reason as Tracked's.
+  struct Entry {
     Ref param;
-    PyObject* object;  // the tensor with its memory: itself, unless it is wrapped
-    TensorMemory memory;
     const void* meta;
     uint64_t shape;  // a fingerprint of p's sizes
     int64_t n;
     int64_t rows;
     std::unique_ptr<Layout> layout;  // set when p and its states do not share one dense layout
-    Dtype dtype;
+    uint32_t first;
+    uint32_t number;  // in its device's plan
     int8_t slot_count;
     int8_t counter_count;
-    bool native;
-    bool wrapped;
-    bool has_state;
-    int8_t device;    // in devices_; -1: the host's kernels
-    Dtype g_dtype;    // on a device: what its table says of the gradient
-    bool counted;     // its counters are on the device
-    bool aligned;     // on a device: every stream must start at 16 bytes
-    uint32_t number;  // in its device's plan
-    bool fresh;       // no step was taken with the state it has
-    bool one_dtype;   // p and states have the compute type
-    Counter counters[2];
-    Slot slots[max_slots];
+    int8_t device;  // in devices_; -1: the host's kernels
+    Dtype g_dtype;  // on a device: what its table says of the gradient
+    bool native : 1;
+    bool wrapped : 1;
+    bool has_state : 1;
+    bool counted : 1;    // its counters are on the device
+    bool aligned : 1;    // on a device: every stream must start at 16 bytes
+    bool fresh : 1;      // no step was taken with the state it has
+    bool one_dtype : 1;  // p and states have the compute type
   };
+  static_assert(sizeof(Entry) <= 64);
   struct Group {
     Ref dict;
     uint64_t version = 0;
@@ -106,62 +98,78 @@ class Plan {
     bool counts_on_device = false;  // so its setting says; what counts is where the counters are
     Ref on_device;                  // what row_setting was read from, and holds the tensors it points to
     RowSetting row_setting;
+    bool quick = false;      // rows can be made from row_setting here
+    bool moved = false;      // the learning rate in row_setting is the group's, and no longer its setting's
+    int slots = 0;           // how many states a parameter has
+    size_t lr_at = 0;        // where the learning rate is in items; 0: there is none
     bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
     RowKey last_key{};
     const Row* last_row = nullptr;
+    double carry = 0;     // what that row carries over
+    bool used = false;    // a parameter took that row in the last step
+    bool likely = false;  // parameters may take it in this one
   };
   struct State {
     PyObject* dict;  // kept alive by outer_
     uint64_t version;
     size_t first, count;  // its part of inner_, in references
   };
-  // What this step's look at an entry found.
+  // What this step's look at an entry found, and what the step does with it.
   struct Found {
-    const c10::TensorImpl* grad;  // null: none
+    const c10::TensorImpl* grad;  // null: none, and then no counter advances
     const void* data;
     double t, carry;
-    Dtype dtype;
-    bool fits;  // everything is where the plan says
-    bool flat;  // the gradient shares the dense layout of p
-  };
-  struct Active {
-    Entry* entry;
     const Row* row;  // null: made on the device
-    bool stepped;    // has a gradient, so its counters advance
+    Dtype dtype;
+    bool fits;    // everything is where the plan says
+    bool flat;    // the gradient shares the dense layout of p
+    bool active;  // takes part in this step
   };
 
-  static double read(const Counter& counter);
-  static void write(const Counter& counter, double value);
+  Tracked* tensors(const Entry& entry) { return &tracked_[entry.first]; }
+  const Tracked* tensors(const Entry& entry) const { return &tracked_[entry.first]; }
+  static int counters_at(const Entry& entry) { return 1 + entry.slot_count; }
 
   Ref setting_of(PyObject* dict, bool* immutable);
+  Verdict inspect(PyObject* groups, PyObject* state, PyObject* sync);
   bool check_group(Group& group, PyObject* dict);
   bool check_params(const Group& group) const;
   void record_group(Group& group, PyObject* dict);
   bool check_state(PyObject* state);
+  bool check_objects(size_t begin, size_t end);
   bool check_pairs(PyObject* dict, const Ref* pairs, size_t count) const;
   bool check_tensors(const Entry& entry) const;
   bool check_strides(const Entry& entry) const;
   bool check_wrapped();
-  void unwrap(Entry& entry);
+  PyObject* unwrap(Entry& entry);
   void build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_counters(Entry& entry, PyObject* state, bool on_device);
   void lay_out(Entry& entry);
   void plan_device(Entry& entry);
-  void read_row_setting(Group& group);
+  static void read_row_setting(Group& group);
+  void take_setting(Group& group);
+  bool make_row(Group& group, const RowKey& key, Row& row) const;
   DeviceSetting device_setting(Group& group, PyObject* sync);
   void add_counted(Entry& entry, const Found& found, const DeviceSetting& setting);
   void place_devices();
-  void examine(size_t begin, size_t end);
-  void commit(size_t begin, size_t end);
-  static bool check_grad(const Entry& entry, Found& found);
-  static bool fits_table(const Entry& entry, const Found& found);
-  static const Layout* layout_with(Entry& entry, c10::IntArrayRef gradient);
-  static void prefetch(const Entry& entry);
+  bool examine(size_t begin, size_t end, PyObject* sync);
+  void look(const Entry& entry, Found& found) const;
+  bool check_grad(const Entry& entry, Found& found) const;
+  bool fits_table(const Entry& entry, const Found& found) const;
+  void layout_with(Entry& entry, c10::IntArrayRef gradient) const;
+  void prefetch(const Entry& entry) const;
+  void prefetch_data(size_t k) const;
   const c10::TensorImpl* find_grad(const Entry& entry) const;
   void check_unscaling() const;
-  void add_item(Entry& entry, Group& group, const Found& found, bool sync);
-  const Row* row_for(Group& group, const RowKey& key);
+  void foresee(Group& group, bool sync);
+  bool take_likely(const Entry& entry, Group& group, Found& found, bool sync) const;
+  bool decide(Group& group, PyObject* asked);
+  void activate(Entry& entry, Group& group, Found& found, bool sync);
+  Item item(const Entry& entry, const Found& found) const;
+  void commit(Entry& entry, const Found& found);
+  void run(bool counts, bool updates);
+  const Row* row_for(Group& group, RowKey key);
   void trim();
 
   std::vector<Ref> hyper_, counter_keys_, ignored_;
@@ -169,20 +177,19 @@ class Plan {
   Ref settings_;  // dict: tuple of hyper-parameter values -> setting
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
+  std::vector<Tracked> tracked_;  // kept alive by entries_, inner_ and wrapped_
   uint64_t state_version_ = 0;
   std::vector<Ref> outer_;     // parameter, state, ... as PyDict_Next yields them from optimizer.state
   std::vector<Ref> inner_;     // key, tensor, ... of every state the kernels use
   std::vector<State> states_;  // those states, in the same order
   Memo memo_, older_;          // two generations: what a step needs again soon is in one of them
   std::vector<Wrapped> wrapped_;
-  std::vector<Found> found_;  // by entry
-  std::vector<Active> active_;
-  std::vector<Item> items_;
+  std::vector<Found> found_;                               // by entry
+  Shares shares_;                                          // likewise
+  bool shared_ = false;                                    // they are those of found_
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;  // gradients, while the interpreter lock is released
-  int64_t total_ = 0;
   bool built_ = false;
   bool running_ = false;
-  CpuDriver driver_;
   Ref memory_;
   bool emulate_;
   std::vector<DevicePlan> devices_;

@@ -14,19 +14,17 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     PyObject* object = PyDict_GetItemWithError(state, key.get());
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
-    Slot& slot = entry.slots[entry.slot_count];
     if (entry.wrapped) {
       wrapped_.back().wrappers[entry.slot_count] = Ref(object);
       wrapped_.back().slots[entry.slot_count] = within(object);
       object = wrapped_.back().slots[entry.slot_count].get();
     }
     ++entry.slot_count;
-    const c10::TensorImpl* impl = impl_of(object);
-    if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != entry.memory.impl->sizes() ||
-        impl->device() != entry.memory.impl->device())
+    const c10::TensorImpl *impl = impl_of(object), *p = tensors(entry)->impl;
+    Tracked slot = track(object);
+    if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != p->sizes() || impl->device() != p->device())
       throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
-    slot.object = object;
-    slot.memory = memory_of(object);
+    tracked_.push_back(slot);
   }
   return true;
 }
@@ -37,10 +35,10 @@ bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
     PyObject* object = PyDict_GetItemWithError(state, key.get());
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a counter is not a tensor");
-    Counter& counter = entry.counters[entry.counter_count++];
     const c10::TensorImpl* impl = impl_of(object);
+    Tracked counter = track(object);
     const bool here = impl->device().is_cpu();
-    if (!is_plain(impl) || impl->numel() != 1 || !(here || impl->device() == entry.memory.impl->device()))
+    if (!is_plain(impl) || impl->numel() != 1 || !(here || impl->device() == tensors(entry)->impl->device()))
       throw std::invalid_argument("fastopt: a counter is not a single number on the CPU or its parameter's device");
     on_device = on_device || !here;
     switch (impl->dtype().toScalarType()) {
@@ -59,8 +57,8 @@ bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
       default:
         throw std::invalid_argument("fastopt: a counter has an unsupported dtype");
     }
-    counter.object = object;
-    counter.memory = memory_of(object);
+    tracked_.push_back(counter);
+    ++entry.counter_count;
   }
   entry.counted = on_device && entry.counter_count > 0;
   return true;
@@ -68,13 +66,15 @@ bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
 
 // Decides between one flat run of memory and an element walk over strides.
 void Plan::lay_out(Entry& entry) {
-  bool flat = entry.memory.impl->is_non_overlapping_and_dense();
-  entry.one_dtype = entry.dtype == Dtype::f32 || entry.dtype == Dtype::f64;
-  for (int k = 0; k < entry.slot_count; ++k) {
-    flat = flat && same_strides(entry.memory.impl, entry.slots[k].memory.impl);
-    entry.one_dtype = entry.one_dtype && entry.slots[k].dtype == entry.dtype;
+  const Tracked* const tensor = tensors(entry);
+  const c10::TensorImpl* const p = tensor[0].impl;
+  bool flat = p->is_non_overlapping_and_dense();
+  entry.one_dtype = tensor[0].dtype == Dtype::f32 || tensor[0].dtype == Dtype::f64;
+  for (int k = 1; k <= entry.slot_count; ++k) {
+    flat = flat && same_strides(p, tensor[k].impl);
+    entry.one_dtype = entry.one_dtype && tensor[k].dtype == tensor[0].dtype;
   }
-  const auto sizes = entry.memory.impl->sizes(), strides = entry.memory.impl->strides();
+  const auto sizes = p->sizes(), strides = p->strides();
   if (entry.rows > 0 && entry.rows != sizes[0]) throw std::invalid_argument("fastopt: rows is not the first dimension");
   const bool rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;
   if (flat && rows_contiguous) return;
@@ -83,25 +83,25 @@ void Plan::lay_out(Entry& entry) {
 }
 
 // The strides of p and its states, made on first need, with those of this step's gradient.
-const Layout* Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) {
+void Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) const {
   if (!entry.layout) {
+    const Tracked* const tensor = tensors(entry);
     entry.layout = std::make_unique<Layout>();
-    entry.layout->sizes = entry.memory.impl->sizes().vec();
-    entry.layout->strides[0] = entry.memory.impl->strides().vec();
-    for (int k = 0; k < entry.slot_count; ++k)
-      entry.layout->strides[2 + k] = entry.slots[k].memory.impl->strides().vec();
+    entry.layout->sizes = tensor[0].impl->sizes().vec();
+    entry.layout->strides[0] = tensor[0].impl->strides().vec();
+    for (int k = 1; k <= entry.slot_count; ++k) entry.layout->strides[1 + k] = tensor[k].impl->strides().vec();
   }
   entry.layout->strides[1].assign(gradient.begin(), gradient.end());
-  return entry.layout.get();
 }
 
 void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys) {
-  unwrap(entry);
-  const c10::TensorImpl* impl = impl_of(entry.object);
-  if (!is_plain(impl) || !dtype_of(impl, &entry.dtype))
+  entry.first = static_cast<uint32_t>(tracked_.size());
+  Tracked own_memory = track(unwrap(entry));
+  const c10::TensorImpl* impl = own_memory.impl;
+  if (!is_plain(impl) || !dtype_of(impl, &own_memory.dtype))
     throw std::invalid_argument("fastopt: a parameter that the kernels cannot take was planned for them");
+  tracked_.push_back(own_memory);
   entry.n = impl->numel();
-  entry.memory = memory_of(entry.object);
   entry.meta = impl->autograd_meta();
   entry.shape = fingerprint(impl->sizes());
   PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
@@ -111,7 +111,10 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
   else
     entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
                       build_counters(entry, own, emulate_ && group.counts_on_device);
-  if (!entry.has_state) entry.slot_count = entry.counter_count = 0;
+  if (!entry.has_state) {
+    entry.slot_count = entry.counter_count = 0;
+    tracked_.resize(entry.first + 1);
+  }
   entry.counted = entry.counted && entry.has_state;
   lay_out(entry);
   entry.device = -1;
@@ -121,26 +124,27 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
 // Enters a parameter into the tables of its device, with the gradient it has now: one of another kind later on, and
 // the tables are made again.
 void Plan::plan_device(Entry& entry) {
-  const c10::TensorImpl* const p = entry.memory.impl;
+  const Tracked* const memory = tensors(entry);
+  const c10::TensorImpl* const p = memory->impl;
   const c10::TensorImpl* const grad = !entry.wrapped         ? grad_of(p)
                                       : wrapped_.back().grad ? impl_of(wrapped_.back().grad.get())
                                                              : nullptr;
-  entry.g_dtype = entry.dtype;
+  entry.g_dtype = memory->dtype;
   if (grad && is_plain(grad) && grad->sizes() == p->sizes() && dtype_of(grad, &entry.g_dtype)) {
     if (entry.layout || !same_strides(p, grad)) layout_with(entry, grad->strides());
     if (!is_aligned(grad->data())) misaligned_.insert(entry.param.get());
   }
   DeviceEntry planned{};
   DeviceTensor& tensor = planned.tensor;
-  tensor.p = entry.memory.data;
+  tensor.p = memory->data;
   tensor.n = entry.n;
   tensor.row_length = entry.rows > 0 ? entry.n / entry.rows : 0;
-  tensor.p_dtype = entry.dtype;
+  tensor.p_dtype = memory->dtype;
   tensor.g_dtype = entry.g_dtype;
   entry.aligned = is_aligned(tensor.p) && !misaligned_.count(entry.param.get());
   for (int k = 0; k < entry.slot_count; ++k) {
-    tensor.s[k] = entry.slots[k].memory.data;
-    tensor.s_dtype[k] = entry.slots[k].dtype;
+    tensor.s[k] = memory[1 + k].data;
+    tensor.s_dtype[k] = memory[1 + k].dtype;
     entry.aligned = entry.aligned && is_aligned(tensor.s[k]);
   }
   planned.layout = entry.layout.get();
@@ -157,10 +161,13 @@ void Plan::plan_device(Entry& entry) {
   entry.device = static_cast<int8_t>(k);
   DeviceCounters counters{};
   if (entry.counted) {
-    counters.step = entry.counters[0].memory.data;
-    counters.step_kind = entry.counters[0].kind;
-    if (entry.counter_count > 1) counters.carry = entry.counters[1].memory.data;
-    counters.carry_kind = entry.counters[1].kind;
+    const Tracked* const counter = memory + counters_at(entry);
+    counters.step = counter[0].data;
+    counters.step_kind = counter[0].kind;
+    if (entry.counter_count > 1) {
+      counters.carry = counter[1].data;
+      counters.carry_kind = counter[1].kind;
+    }
   }
   entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned, entry.counted ? &counters : nullptr));
 }
@@ -198,6 +205,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
         Ref::steal(PyObject_GetAttr(group.setting.get(), names().counts_on_device)).get() == Py_True;
     group.first = entries_.size();
     const std::vector<Ref> slot_keys = sequence(Ref::steal(PyObject_GetAttr(group.setting.get(), names().slots)).get());
+    group.slots = static_cast<int>(slot_keys.size());
     const std::vector<Ref> params = sequence(group.params.get());
     const std::vector<Ref> takes = sequence(natives[i].get()), counts = sequence(row_counts[i].get()),
                            news = sequence(freshes[i].get());

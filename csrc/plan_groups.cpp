@@ -48,50 +48,66 @@ Ref Plan::setting_of(PyObject* dict, bool* immutable) {
 void Plan::record_group(Group& group, PyObject* dict) {
   group.dict = Ref(dict);
   group.items.clear();
+  group.lr_at = 0;
   PyObject *key, *value;
   Py_ssize_t at = 0;
   while (PyDict_Next(dict, &at, &key, &value)) {
     group.items.emplace_back(key);
     group.items.emplace_back(holds(ignored_, key) ? nullptr : value);
+    if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "lr") == 0) group.lr_at = group.items.size() - 1;
   }
 }
 
-// Whether the list of parameters is as it was; a list has no version, so each is compared.
-bool Plan::check_params(const Group& group) const {
-  PyObject* params = group.params.get();
-  if (!PyList_CheckExact(params) && !PyTuple_CheckExact(params)) return false;
-  if (static_cast<size_t>(Py_SIZE(params)) != group.count) return false;
-  PyObject** objects = PySequence_Fast_ITEMS(params);
-  for (size_t i = 0; i < group.count; ++i)
-    if (objects[i] != entries_[group.first + i].param.get()) return false;
-  return true;
+// The setting of a group as its dict is now; what was derived from an older one goes.
+void Plan::take_setting(Group& group) {
+  group.setting = setting_of(group.dict.get(), &group.immutable);
+  group.last_row = nullptr;
+  group.on_device = {};
+  group.quick = group.moved = false;
 }
 
-// Whether the group still has the structure the plan was built for; refreshes its setting when a value changed.
+// Whether the parameters of a group are in a list of the length it had; which they are is for check_objects to see.
+bool Plan::check_params(const Group& group) const {
+  PyObject* params = group.params.get();
+  return (PyList_CheckExact(params) || PyTuple_CheckExact(params)) &&
+         static_cast<size_t>(Py_SIZE(params)) == group.count;
+}
+
+// Whether the group still has the structure the plan was built for; refreshes its setting when a value changed. The
+// learning rate alone, which a scheduler changes at every step, does not take a setting of its own.
 bool Plan::check_group(Group& group, PyObject* dict) {
   if (dict != group.dict.get()) return false;
   const uint64_t version = version_of(dict);
   if (group.immutable && version != 0 && version == group.version) return check_params(group);
   bool same = group.immutable && static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 == group.items.size();
-  PyObject *key, *value, *params = nullptr;
+  PyObject *key, *value, *params = nullptr, *lr = nullptr;
   Py_ssize_t at = 0;
   for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2) {
     if (key == names().params) params = value;
-    if (same && (key != group.items[i].get() || (group.items[i + 1] && value != group.items[i + 1].get())))
+    if (!same) continue;
+    if (key != group.items[i].get())
       same = false;
+    else if (group.items[i + 1] && value != group.items[i + 1].get()) {
+      same = group.quick && i + 1 == group.lr_at && PyFloat_CheckExact(value);
+      lr = value;
+    }
   }
   if (!params) params = PyDict_GetItemWithError(dict, names().params);
   if (!params || params != group.params.get()) return false;
   if (!check_params(group)) return false;
+  if (same && lr) {
+    group.items[group.lr_at] = Ref(lr);
+    group.row_setting.hyper[0].value = PyFloat_AS_DOUBLE(lr);
+    group.moved = true;
+    group.last_row = nullptr;
+  }
+  if (!same) {
+    take_setting(group);
+    Ref layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
+    if (layout.get() != group.layout.get()) return false;
+    record_group(group, dict);
+  }
   group.version = version;
-  if (same) return true;
-
-  group.setting = setting_of(dict, &group.immutable);
-  Ref layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
-  if (layout.get() != group.layout.get()) return false;
-  record_group(group, dict);
-  group.last_row = nullptr;
-  group.on_device = {};
   return true;
 }
 
@@ -105,14 +121,27 @@ bool Plan::check_pairs(PyObject* dict, const Ref* pairs, size_t count) const {
   return true;
 }
 
-// Whether optimizer.state, and every state that the kernels use, holds the objects it held.
+// Whether optimizer.state holds the objects it held; what they hold is for check_objects to see.
 bool Plan::check_state(PyObject* state) {
-  if (const uint64_t version = version_of(state); version == 0 || version != state_version_) {
-    if (!check_pairs(state, outer_.data(), outer_.size())) return false;
-    state_version_ = version;
+  const uint64_t version = version_of(state);
+  if (version != 0 && version == state_version_) return true;
+  if (!check_pairs(state, outer_.data(), outer_.size())) return false;
+  state_version_ = version;
+  return true;
+}
+
+// Whether the lists still hold these parameters, and a like share of the states their tensors. A list has no version,
+// so each is compared.
+bool Plan::check_objects(size_t begin, size_t end) {
+  for (const Group& group : groups_) {
+    PyObject* const* const objects = PySequence_Fast_ITEMS(group.params.get());
+    const size_t last = std::min(end, group.first + group.count);
+    for (size_t k = std::max(begin, group.first); k < last; ++k)
+      if (objects[k - group.first] != entries_[k].param.get()) return false;
   }
-  for (size_t i = 0; i < states_.size(); ++i) {
-    if (i + states_ahead < states_.size()) __builtin_prefetch(states_[i + states_ahead].dict);
+  const size_t first = begin * states_.size() / entries_.size(), last = end * states_.size() / entries_.size();
+  for (size_t i = first; i < last; ++i) {
+    if (i + states_ahead < last) __builtin_prefetch(states_[i + states_ahead].dict);
     State& own = states_[i];
     const uint64_t version = version_of(own.dict);
     if (version != 0 && version == own.version) continue;

@@ -46,17 +46,17 @@ Ref gradient_of(PyObject* param, const Ref& spec) {
 
 }  // namespace
 
-void Plan::unwrap(Entry& entry) {
+PyObject* Plan::unwrap(Entry& entry) {
   PyObject* const param = entry.param.get();
   Ref local = within(param);
-  entry.object = local.get();
   entry.wrapped = local.get() != param;
-  if (!entry.wrapped) return;
+  if (!entry.wrapped) return param;
   Wrapped& wrapped = wrapped_.emplace_back();
   wrapped.entry = static_cast<size_t>(&entry - entries_.data());
   wrapped.local = std::move(local);
   wrapped.spec = spec_of(param);
   wrapped.grad = gradient_of(param, wrapped.spec);
+  return wrapped.local.get();
 }
 
 // Whether wrapped parameters and states still hold the tensors they held; finds their gradients.

@@ -8,17 +8,22 @@
 
 namespace fastopt {
 
-// What a tensor object led to when the plan was built.
-struct TensorMemory {
+// A tensor object, and what it led to when the plan was built: 48 bytes, since a step reads one for every parameter,
+// state and counter from cold memory.
+struct Tracked {
+  PyObject* object;  // kept alive by whoever tracks it
   c10::TensorImpl* impl;
   const c10::StorageImpl* storage;
   const void* version;
   void* data;
   caffe2::TypeMeta type;
   bool contiguous;
+  Dtype dtype;       // of p and its states
+  CounterKind kind;  // of counters
 };
 
-TensorMemory memory_of(PyObject* tensor);
+// Without dtype or kind.
+Tracked track(PyObject* tensor);
 
 inline void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
 
@@ -26,10 +31,10 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 
 // Whether a tensor object still leads to the same memory in the same layout, as far as that shows without strides. The
 // old pointers are compared, never followed.
-inline bool unchanged(PyObject* tensor, const TensorMemory& memory) {
-  const c10::TensorImpl* impl = impl_of(tensor);
-  return impl == memory.impl && impl->unsafe_storage().unsafeGetStorageImpl() == memory.storage &&
-         impl->data() == memory.data && impl->dtype() == memory.type && impl->is_contiguous() == memory.contiguous;
+inline bool unchanged(const Tracked& tensor) {
+  const c10::TensorImpl* impl = impl_of(tensor.object);
+  return impl == tensor.impl && impl->unsafe_storage().unsafeGetStorageImpl() == tensor.storage &&
+         impl->data() == tensor.data && impl->dtype() == tensor.type && impl->is_contiguous() == tensor.contiguous;
 }
 
 // The tensor whose memory a tensor object stands for: the local shard of a DTensor, or itself.

@@ -63,6 +63,8 @@ class Engine:
         self._routes: dict[int, Route] = {}
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
+        self.whole_step: Callable[[dict[str, Any]], bool] | None = None
+        """A step like the last one in a single call, if one plan does it all: see `native.Plan.whole_step`."""
         self.counts: list[bool] = []  # by group, whether its steps are counted on a device, where nobody waits for them
 
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
@@ -98,6 +100,9 @@ class Engine:
             plan.launch(scaled)
         if self._fresh:
             self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
+        if self.whole_step is None and len(self._plans) == 1 and not self._torch and not self._fresh:
+            (plan,) = self._plans.values()
+            self.whole_step = plan.whole_step if isinstance(plan, native.Plan) else None
         return True
 
     def _settled(self, scaled: Amp) -> Amp | None:
@@ -130,6 +135,7 @@ class Engine:
                 "gradients are not what they were): run a step on the same tensors before capturing"
             )
         groups: list[dict[str, Any]] = optimizer.param_groups
+        self.whole_step = None
         self._routes = self.routes(optimizer)
         params = [p for group in groups for p in group["params"]]
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}

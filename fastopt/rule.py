@@ -6,7 +6,7 @@ coefficient rows is computed once however many parameters need it.
 
 Where the step lives on a device, so do the rows. The functions of a rule therefore take numbers or float64 tensors:
 `Setting.at` makes one row from Python floats, `Setting.device_rows` those of many parameters from tensors, without
-waiting for the device. Compiled code does the same from `Setting.on_device` (csrc/rows.h).
+waiting for the device. Compiled code does both from `Setting.on_device` (csrc/rows.h), to the same doubles.
 """
 
 from __future__ import annotations
@@ -103,9 +103,16 @@ class Rule(ABC):
     def twin(self, h: Hyper) -> tuple[str, dict[str, Number]] | None:
         """`coefficients` in compiled code: its name in `ROW_RULES` and what it reads, in its order and lr first.
 
-        None: there is none, and where the step lives on a device the rows are made by torch operations.
+        None: there is none. Then the compiled plan asks `coefficients` once a step, and where the step lives on a
+        device the rows are made by torch operations.
         """
         return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A rule with formulas of its own does not inherit the twin of others."""
+        super().__init_subclass__(**kwargs)
+        if "twin" not in vars(cls) and not vars(cls).keys().isdisjoint(("coefficients", "carried", "waits")):
+            cls.twin = Rule.twin  # type: ignore[method-assign]
 
     def carried(self, h: Hyper, t: Number, carry: Number, single: bool) -> Number:
         """The second counter after step t; `single` says that it is stored in float32."""

@@ -676,6 +676,9 @@ def test_add_param_group_in_mid_run(case: Case, dtype: torch.dtype, backend: str
     late = [Built(Scenario("late", specs), case, torch.float32) for _ in range(2)]
     pair.optimizer.add_param_group({"params": late[0].params, "lr": 0.02})
     pair.oracle.inner.add_param_group({"params": late[1].params, "lr": 0.02})
+    if case.name == "Adagrad":  # before 2.13 torch makes the state of its first parameters only, and cannot step others
+        for q in late[1].params:
+            pair.oracle.state[q].update(step=torch.tensor(0.0), sum=torch.zeros_like(q))
     for _ in range(7):
         for built in late:
             built.set_grads(pair.t)

@@ -168,7 +168,15 @@ def _without_fma(oracle: Any, params: Any, i: int) -> None:
 
 
 def _inexact_sqrt(oracle: Any, params: Any, i: int) -> None:
-    oracle.inner.step()
+    """Roots an ulp too large. (torch's own is off for 17% of values on one processor, for fewer than 1% on another.)"""
+
+    def root(x: torch.Tensor) -> torch.Tensor:
+        return torch.nextafter(oracles.rounded_sqrt(x), torch.full_like(x, math.inf))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "sqrt", root)
+        patch.setattr(torch.Tensor, "sqrt_", lambda x: x.copy_(root(x)))
+        oracle.inner.step()
 
 
 def _slow_from_the_first_result(oracle: Any, params: Any, i: int) -> None:

@@ -524,7 +524,7 @@ struct Group {
     if (v.ms.empty()) return;
     const Stats s = stats(v.ms);
     const double gigabytes = 1e-9 * memory.elements * memory.bytes_per_element;
-    std::printf("%s,%s,\"%s\",%s,%lld,%zu,%.5f,%.5f,%.5f,%.1f,%d,%d,%d,\n", v.shape.c_str(), v.chain.c_str(),
+    std::printf("\"%s\",%s,\"%s\",%s,%lld,%zu,%.5f,%.5f,%.5f,%.1f,%d,%d,%d,\n", v.shape.c_str(), v.chain.c_str(),
                 v.mix.c_str(), v.hints ? "yes" : "no", static_cast<long long>(memory.elements), v.ms.size(), s.p20,
                 s.p50, s.p80, gigabytes / (s.p50 * 1e-3), v.registers, v.local, v.blocks_per_sm);
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -151,6 +152,15 @@ class Plan:
 
     def launch(self, amp: Amp) -> None:
         self._core.launch([self._step(device, amp) for device in self._core.devices()])
+
+    @property
+    def whole_step(self) -> Callable[[dict[str, Any]], bool] | None:
+        """The step of an optimizer that this plan serves alone, given its ``__dict__``, if all of it is on the host.
+
+        It answers False, and has changed nothing, when there is more to do: new tables, hooks, a loss scale.
+        """
+        step: Callable[[dict[str, Any]], bool] = self._core.step
+        return None if self._core.devices() else step
 
     @property
     def launches(self) -> int:

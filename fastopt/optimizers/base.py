@@ -34,6 +34,25 @@ else:
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+# torch's own objects, bound here because every look-up is a cache miss in a training's step.
+_pre_hooks, _post_hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+_profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_ACCELERATORS: tuple[Callable[[], bool], ...] = tuple(
+    module.is_initialized
+    for module, built in (
+        (torch.cuda, torch.version.cuda or torch.version.hip),
+        (torch.xpu, getattr(torch.version, "xpu", None)),
+    )
+    if built
+)
+"""For each kind of device that captures graphs and that this torch was built for, whether it is in use."""
+
+
+def _capturable() -> bool:
+    """Whether the capture of a graph may be under way."""
+    return any(in_use() for in_use in _ACCELERATORS)
+
+
 class _Entry:
     """The three ways into one `step`: as it is, inside torch's hooks and profiling, and hidden from dynamo."""
 
@@ -52,6 +71,9 @@ def entry(method: Method) -> Method:
     torch wraps every step in hooks and a profiler record, which costs more than our host code; they are entered only
     when there is a hook or a profiler. (The attribute ``hooked`` tells torch not to wrap again.) torch.compile runs the
     step as it is instead of tracing it.
+
+    Where one plan does all the work on the host, it is called from here: after a backward pass little of Python is left
+    in the caches, and every function in between costs microseconds.
     """
     ways = _Entry(method)
     _entries.append(ways)
@@ -60,6 +82,15 @@ def entry(method: Method) -> Method:
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return ways.hidden(self, closure)
+        own = self.__dict__
+        if (
+            closure is None
+            and (engine := own.get("_engine")) is not None
+            and (whole_step := engine.whole_step) is not None
+        ):
+            elsewhere = _pre_hooks or _post_hooks or _profiler_enabled() or (_ACCELERATORS and _capturable())
+            if not elsewhere and whole_step(own):
+                return None
         if _watched(self) and inspect.unwrap(type(self).step) is method:
             return ways.hooked(self, closure)
         return ways.plain(self, closure)
@@ -70,13 +101,8 @@ def entry(method: Method) -> Method:
 
 def _watched(self: Any) -> bool:
     """Whether anyone would notice that torch's wrapper is missing."""
-    return bool(
-        self._optimizer_step_pre_hooks
-        or self._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-        or torch._C._autograd._profiler_enabled()
-    )
+    own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+    return bool(own or _pre_hooks or _post_hooks or _profiler_enabled())
 
 
 def hide() -> None:
@@ -182,6 +208,8 @@ class Fused(_Base):
 
 def _check_capture(optimizer: Any) -> None:
     """torch's own check of CUDA graph capture, under the name it has in this version."""
+    if not _capturable():
+        return
     name = "_accelerator_graph_capture_health_check"
     getattr(optimizer, name if hasattr(optimizer, name) else "_cuda_graph_capture_health_check")()
 

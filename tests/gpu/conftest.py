@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     finished = set(Path(DONE).read_text(encoding="utf-8").splitlines()) if DONE and Path(DONE).exists() else set()
     index, count = map(int, os.environ.get("FASTOPT_SHARD", "1/1").split("/"))
     dropped = {i for i in ours if _shard(i, count) != index - 1 or i.nodeid in finished}
-    # The many comparisons come last, those of the slow reference after all others: time may run out.
-    items.sort(key=lambda item: (item.path.stem == "test_gpu_numbers", "reference" in item.nodeid))
+    # Time may run out: Triton, which compiles for minutes, comes after all that is native, the slow reference last.
+    parts = ("reference", "triton", "memory_checker", "test_gpu_numbers")
+    items.sort(key=lambda item: [part in item.nodeid for part in parts])
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]

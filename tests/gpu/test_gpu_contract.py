@@ -24,7 +24,7 @@ FUSED = [
     for c in by_id("sgd", "sgd-momentum", "sgd-nesterov", "adam-coupled", "adam-everything", "adamw")
 ]
 SCALE = 2.0**10
-CHECKER_SECONDS = 100
+CHECKER_SECONDS = 60
 SIZES = (33, 1000, 5001)
 
 
@@ -241,7 +241,8 @@ def test_training_under_autocast(name: str, backend: str) -> None:
     ids=str,
 )
 def test_launches_of_a_step(name: str, kwargs: dict[str, Any], most: int, backend: str) -> None:
-    """500 aligned fp32 tensors in 5 groups of different settings: one kernel, two where counters live on the device."""
+    """500 aligned fp32 tensors in 5 groups of different settings: one kernel, two where counters live on the device.
+    With Triton the rows are then made by torch's own kernels, and one of ours follows."""
     params = [ramp(4 * n) for n in range(1, 501)]
     groups = [{"params": params[i::5], "lr": 2.0 ** -(5 + i)} for i in range(5)]
     optimizer = getattr(fastopt, name)(groups, backend=backend, **kwargs)
@@ -253,6 +254,9 @@ def test_launches_of_a_step(name: str, kwargs: dict[str, Any], most: int, backen
     names = launches(optimizer.step)
     copies = [name for name in names if is_copy(name)]
     assert names, "the profiler saw no kernel: it cannot be used here"
+    if backend == "triton" and kwargs.get("capturable"):
+        assert sum(name.startswith("fastopt_") for name in names) == 1, names
+        return
     assert len(names) - len(copies) <= most, names
     assert len(copies) <= 1, names
 
