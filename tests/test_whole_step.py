@@ -223,14 +223,15 @@ def test_groups_of_one_setting_go_apart_and_together_again() -> None:
     change({0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1}, weight_decay=0.01)
 
 
-def test_an_edit_that_raises_is_not_forgotten() -> None:
+@pytest.mark.parametrize("betas", [("nought", 0.9), (0.9,)], ids=str)
+def test_an_edit_that_raises_is_not_forgotten(betas: tuple[Any, ...]) -> None:
     """The step after a failed one must not run with what the group was before."""
     params = parameters()
     optimizer = fastopt.Adam(params, backend="native")
     give(params, 0)
     optimizer.step()
     before = [p.detach().clone() for p in params]
-    optimizer.param_groups[0]["betas"] = ("nought", 0.9)
+    optimizer.param_groups[0]["betas"] = betas
     for _ in range(3):
         with pytest.raises((TypeError, ValueError)):
             optimizer.step()
