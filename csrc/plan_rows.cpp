@@ -28,9 +28,11 @@ void Plan::trim() {
 // What rows.h needs to know of a group's setting.
 void Plan::read_row_setting(Group& group) {
   Ref result = Ref::steal(PyObject_CallMethodNoArgs(group.setting.get(), names().on_device));
-  group.on_device = result;
   group.quick = false;
-  if (result.get() == Py_None) return;
+  if (result.get() == Py_None) {
+    group.on_device = std::move(result);
+    return;
+  }
   RowSetting row;
   std::memset(&row, 0, sizeof row);  // padding too: settings are compared as bytes
   int rule, decay, maximize, slow;
@@ -58,6 +60,7 @@ void Plan::read_row_setting(Group& group) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(chains) && i < ways; ++i)
     row.chains[i] = static_cast<int16_t>(PyLong_AsLong(PyTuple_GET_ITEM(chains, i)));
   group.row_setting = row;
+  group.on_device = std::move(result);
   group.quick = std::all_of(row.sources, row.sources + max_hyper, [](Source from) { return from == Source::value; });
 }
 
