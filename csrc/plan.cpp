@@ -417,7 +417,7 @@ void Plan::launch(const std::vector<DeviceStep>& steps) {
   // Another thread may drop a gradient while the kernels read it, so hold them all.
   for (size_t k = 0; k < entries_.size(); ++k)
     if (found_[k].active && found_[k].grad && entries_[k].device < 0)
-      kept_.push_back(tensors(entries_[k])->impl->autograd_meta()->grad().getIntrusivePtr());
+      kept_.push_back(decltype(kept_)::value_type::reclaim_copy(const_cast<c10::TensorImpl*>(found_[k].grad)));
   {
     const Unlocked unlocked(running_);
     run(false, true);

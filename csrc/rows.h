@@ -1,9 +1,10 @@
-// Coefficient rows where the step lives: the twin of `Setting.at` in fastopt/rule.py and of the rules' `coefficients`.
+// Coefficient rows in C++: the twin of `Setting.at` in fastopt/rule.py and of the rules' `coefficients`.
 //
-// A counter in device memory must not be waited for, so a kernel that runs before the others makes each tensor's row
-// there, in double, one thread per tensor, and picks the chain that takes the tensor. On the host the doubles are
-// Python's bit for bit: `**` is libm's pow. CUDA's pow is within 2 ulp of the exact value and libm's within 1, so on a
-// device a coefficient may differ in its last bits, by more where 1 - beta^t cancels. Built with contraction off.
+// The compiled plan makes its rows with it, for Python is slow to ask in a step. And a counter in device memory must
+// not be waited for, so a kernel that runs before the others makes each tensor's row there, in double, one thread per
+// tensor, and picks the chain that takes the tensor. On the host the doubles are Python's bit for bit: `**` is libm's
+// pow. CUDA's pow is within 2 ulp of the exact value and libm's within 1, so on a device a coefficient may differ in
+// its last bits, by more where 1 - beta^t cancels. Built with contraction off.
 #pragma once
 
 #include <cmath>

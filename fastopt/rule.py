@@ -6,7 +6,8 @@ coefficient rows is computed once however many parameters need it.
 
 Where the step lives on a device, so do the rows. The functions of a rule therefore take numbers or float64 tensors:
 `Setting.at` makes one row from Python floats, `Setting.device_rows` those of many parameters from tensors, without
-waiting for the device. Compiled code does both from `Setting.on_device` (csrc/rows.h), to the same doubles.
+waiting for the device. Compiled code does both from `Setting.on_device` (csrc/rows.h), on the host to
+the same doubles.
 """
 
 from __future__ import annotations

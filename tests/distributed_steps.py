@@ -162,6 +162,23 @@ def placements(folder: Path) -> None:
         assert not torch.equal(full(columns), torch.ones(4, 6))
 
 
+def large(folder: Path) -> None:
+    """Shards of which the native backend lets other Python threads run meanwhile."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, n = init_device_mesh("cpu", (WORLD,)), 1 << 22
+    for name in ("sgd", "adamw"):
+        p, q = nn.Parameter(distribute_tensor(torch.ones(n), mesh, [Shard(0)])), nn.Parameter(torch.ones(n))
+        ours, theirs = RULES[name]([p], None), RULES[name]([q], None)
+        for step in range(3):
+            q.grad = torch.linspace(-1, 1, n) + step
+            p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+            ours.step()
+            theirs.step()
+        assert torch.equal(full(p), q), name
+
+
 def ddp(folder: Path) -> None:
     """Gradients that are views of DDP's buckets, at whatever offset."""
     from torch.nn.parallel import DistributedDataParallel
