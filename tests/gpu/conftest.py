@@ -2,7 +2,7 @@
 
 A run may be dealt over several processes (FASTOPT_SHARD=1/8, the first of eight); each notes the tests it has finished
 in FASTOPT_DONE, and leaves out those noted there already. A kernel that faults takes the process's CUDA context with
-it: the session then ends with exit status 3, so that whoever started it can start it again for the rest.
+it: the session then ends with exit status 67, so that whoever started it can start it again for the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-CONTEXT_LOST = 3
+CONTEXT_LOST = 67  # none of pytest's own
 HERE = Path(__file__).parent
 DONE = os.environ.get("FASTOPT_DONE")
 

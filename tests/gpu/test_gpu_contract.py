@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -271,11 +272,16 @@ def test_memory_checker_finds_nothing(backend: str, tmp_path: Path) -> None:
     command = [checker, "--tool", "memcheck", "--error-exitcode", "66", sys.executable, str(script), backend]
     # Every tensor an allocation of its own: inside one of the caching allocator's blocks nothing would be noticed.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # A process group of its own: stopped alone, the checker would leave what it watches running on the device.
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=CHECKER_SECONDS, env=environment)
+        output, _ = run.communicate(timeout=CHECKER_SECONDS)
     except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
         pytest.skip(f"compute-sanitizer was not done after {CHECKER_SECONDS} seconds")
-    output = run.stdout + run.stderr
     if "Device not supported" in output:
         pytest.skip("compute-sanitizer does not support this device")
     assert run.returncode == 0, output[-4000:]
