@@ -43,6 +43,10 @@ struct PayloadShape {
         bytes(rows_at + rows * row_bytes) {}
 };
 
+size_t bytes_of_row(int chain, bool wide) {
+  return count_of(chain, Chains{}) * (wide ? sizeof(double) : sizeof(float));
+}
+
 uint32_t fits_32(int64_t n) {
   if (n < 0 || n > UINT32_MAX) throw std::length_error("fastopt: a tensor has more work items than 32 bits can count");
   return static_cast<uint32_t>(n);
@@ -178,7 +182,7 @@ void DevicePlan::place(const DeviceMemory& memory) {
     cut(bucket);
     for (uint32_t i = 0; i < bucket.numbers.size(); ++i) where_[bucket.numbers[i]] = {b, i};
     bucket.gradients.resize(bucket.entries.size());
-    bucket.rows.resize(bucket.entries.size());
+    bucket.rows.resize(bucket.entries.size(), no_row);
     bucket.codes.resize(bucket.entries.size());
     bucket.first_counted = counters.size();
     counters.insert(counters.end(), bucket.counters.begin(), bucket.counters.end());
@@ -231,25 +235,48 @@ void DevicePlan::place(const DeviceMemory& memory) {
 
 void DevicePlan::begin_step() {
   settings_.clear();
+  rows_.clear();
+  ++step_;
+  packed_ = false;
   std::fill(codes_.begin(), codes_.end(), uint16_t{absent});
   for (Bucket& bucket : buckets_) {
-    std::fill(bucket.rows.begin(), bucket.rows.end(), nullptr);
+    std::fill(bucket.gradients.begin(), bucket.gradients.end(), nullptr);
+    std::fill(bucket.rows.begin(), bucket.rows.end(), no_row);
     std::fill(bucket.codes.begin(), bucket.codes.end(), uint16_t{absent});
-    bucket.chains.clear();
+    bucket.counted_uses.clear();
   }
 }
 
 void DevicePlan::use(Bucket& bucket, int16_t chain, int first_slot) {
   const ChainUse used{chain, static_cast<int8_t>(first_slot)};
-  if (chain >= 0 && std::find(bucket.chains.begin(), bucket.chains.end(), used) == bucket.chains.end())
-    bucket.chains.push_back(used);
+  std::vector<ChainUse>& known = bucket.counted_uses;
+  if (chain >= 0 && std::find(known.begin(), known.end(), used) == known.end()) known.push_back(used);
 }
 
-void DevicePlan::set(size_t number, const void* gradient, const Row& row) {
+uint32_t DevicePlan::set(size_t number, const void* gradient, const Row& row) {
+  // A row may be another device's too, whose numbers are its own.
+  if (row.used != step_ || row.number >= rows_.size() || rows_[row.number].row != &row) {
+    row.used = step_;
+    row.number = static_cast<uint32_t>(rows_.size());
+    rows_.push_back({&row, {row.chain, row.first_slot}, step_});
+  }
   const auto [b, position] = where_[number];
   buckets_[b].gradients[position] = gradient;
-  buckets_[b].rows[position] = &row;
-  use(buckets_[b], row.chain, row.first_slot);
+  buckets_[b].rows[position] = row.number;
+  return row.number;
+}
+
+bool DevicePlan::renew_row(uint32_t row_number, const Row& row) {
+  StepRow& known = rows_[row_number];
+  if (known.step == step_) return known.row == &row;
+  const ChainUse used{row.chain, row.first_slot};
+  packed_ = packed_ && known.use == used;
+  known = {&row, used, step_};
+  return true;
+}
+
+bool DevicePlan::renewed() const {
+  return std::all_of(rows_.begin(), rows_.end(), [&](const StepRow& known) { return known.step == step_; });
 }
 
 void DevicePlan::set(size_t number, const void* gradient, const DeviceSetting& setting, bool has_gradient, int slots) {
@@ -272,19 +299,9 @@ void DevicePlan::set(size_t number, const void* gradient, const DeviceSetting& s
 
 void DevicePlan::launch(void* stream, const float* found_inf, const float* grad_scale) {
   launches_ = 0;
+  if (!packed_) pack();
   make_rows(stream, found_inf);
-  for (const Bucket& bucket : buckets_) {
-    for (const auto& [chain, first_slot] : bucket.chains) {
-      LaunchHeader header{};
-      header.found_inf = found_inf;
-      header.grad_scale = is_in(chain, Chains{}, List<Pull>{}) ? nullptr : grad_scale;
-      header.rows = bucket.counted ? device_rows_ + bucket.first_counted : nullptr;
-      header.chain = chain;
-      header.first_slot = first_slot;
-      header.chunk = chunk_;
-      for (size_t at = 0; at < bucket.entries.size();) at = launch_part(bucket, at, stream, header);
-    }
-  }
+  for (const Part& part : parts_) launch(part, stream, found_inf, grad_scale);
 }
 
 // One row for each counted tensor, in as many launches as the codes and the settings they name need.
@@ -329,63 +346,91 @@ void DevicePlan::make_rows(void* stream, const float* found_inf) {
 }
 
 // Whether a tensor goes into a launch of this chain. Where rows are made on the device, the kernel has the last word.
-bool DevicePlan::takes(const Bucket& bucket, size_t at, int16_t chain) {
-  if (!bucket.counted) return bucket.rows[at] && bucket.rows[at]->chain == chain;
+bool DevicePlan::takes(const Bucket& bucket, size_t at, ChainUse use) const {
+  if (!bucket.counted) return bucket.rows[at] != no_row && rows_[bucket.rows[at]].use == use;
   const uint16_t code = bucket.codes[at];
-  return (code & present) && !(code & stepped) == is_in(chain, Chains{}, List<Pull>{});
+  return (code & present) && !(code & stepped) == is_in(use.chain, Chains{}, List<Pull>{});
 }
 
-// Packs the tensors from `at` on that take the header's chain into one launch, as many as fit; returns where the next
-// begins.
-size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, void* stream, LaunchHeader header) {
-  const int16_t chain = header.chain;
+std::vector<DevicePlan::ChainUse> DevicePlan::uses(const Bucket& bucket) const {
+  if (bucket.counted) return bucket.counted_uses;
+  std::vector<ChainUse> found;
+  for (const StepRow& row : rows_)
+    if (std::find(found.begin(), found.end(), row.use) == found.end()) found.push_back(row.use);
+  return found;
+}
+
+void DevicePlan::pack() {
+  parts_.clear();
+  for (const Bucket& bucket : buckets_)
+    for (const ChainUse& use : uses(bucket))
+      for (size_t at = 0; at < bucket.entries.size();) at = pack_part(bucket, at, use);
+  packed_ = true;
+}
+
+// Packs the tensors from `at` on that take a chain into one launch, as many as fit; returns where the next begins.
+size_t DevicePlan::pack_part(const Bucket& bucket, size_t at, ChainUse use) {
   const size_t end = bucket.entries.size();
-  while (at < end && !takes(bucket, at, chain)) ++at;
+  while (at < end && !takes(bucket, at, use)) ++at;
   if (at == end) return end;
 
   const bool any = bucket.mix == Mix::any_f32 || bucket.mix == Mix::any_f64;
-  const size_t room = payload_bytes[any ? 0 : tiers - 1];
-  const size_t row_bytes = count_of(chain, Chains{}) * (bucket.wide() ? sizeof(double) : sizeof(float));
-  ++launch_;
-  row_numbers_.clear();
-  distinct_.clear();
+  const size_t room = payload_bytes[any ? 0 : tiers - 1], row_bytes = bytes_of_row(use.chain, bucket.wide());
+  Part part{&bucket, use, at, 0, true, {}, {}};
+  std::vector<uint32_t>& rows = part.rows;
+  number_of_.assign(rows_.size(), absent_number);
   size_t next = at, last = at;
   for (; next < end; ++next) {
-    const bool taken = takes(bucket, next, chain);
-    const Row* row = taken ? bucket.rows[next] : nullptr;
-    const bool is_new = row && row->launch != launch_;
-    if (PayloadShape(next - at + 1, distinct_.size() + is_new, row_bytes).bytes > room) break;
+    const bool taken = takes(bucket, next, use);
+    const uint32_t row = taken ? bucket.rows[next] : no_row;
+    const bool is_new = row != no_row && number_of_[row] == absent_number;
+    if (PayloadShape(next - at + 1, rows.size() + is_new, row_bytes).bytes > room) break;
     if (is_new) {
-      row->launch = launch_;
-      row->number = static_cast<uint16_t>(distinct_.size());
-      distinct_.push_back(row);
+      number_of_[row] = static_cast<uint16_t>(rows.size());
+      rows.push_back(row);
     }
-    row_numbers_.push_back(row ? row->number : 0);
+    part.numbers.push_back(!taken ? absent_number : row == no_row ? 0 : number_of_[row]);
     if (taken) last = next;
   }
-  const size_t tensors = last + 1 - at;
-  if (bucket.first_item[at] == bucket.first_item[last + 1]) return next;  // nothing but empty tensors
+  part.tensors = last + 1 - at;
+  part.numbers.resize(part.tensors);
+  part.all = std::find(part.numbers.begin(), part.numbers.end(), absent_number) == part.numbers.end();
+  const bool empty = bucket.first_item[at] == bucket.first_item[last + 1];  // nothing but empty tensors
+  if (!empty) parts_.push_back(std::move(part));
+  return next;
+}
 
-  const PayloadShape shape(tensors, distinct_.size(), row_bytes);
+void DevicePlan::launch(const Part& part, void* stream, const float* found_inf, const float* grad_scale) {
+  const Bucket& bucket = *part.bucket;
+  const size_t row_bytes = bytes_of_row(part.use.chain, bucket.wide());
+  const PayloadShape shape(part.tensors, part.rows.size(), row_bytes);
   unsigned char* const payload = arguments_.payload;
-  for (size_t i = 0; i < tensors; ++i) {
-    const void* gradient = takes(bucket, at + i, chain) ? bucket.gradients[at + i] : nullptr;
-    std::memcpy(payload + i * sizeof gradient, &gradient, sizeof gradient);
+  std::memcpy(payload, bucket.gradients.data() + part.at, part.tensors * sizeof(void*));
+  for (size_t i = 0; !part.all && i < part.tensors; ++i)
+    if (part.numbers[i] == absent_number) std::memset(payload + i * sizeof(void*), 0, sizeof(void*));
+  std::memcpy(payload + shape.indices_at, part.numbers.data(), part.tensors * sizeof(uint16_t));
+  for (size_t k = 0; k < part.rows.size(); ++k) {
+    const Row& row = *rows_[part.rows[k]].row;
+    std::memcpy(payload + shape.rows_at + k * row_bytes, bucket.wide() ? static_cast<const void*>(row.f64) : row.f32,
+                row_bytes);
   }
-  std::memcpy(payload + shape.indices_at, row_numbers_.data(), tensors * sizeof(uint16_t));
-  for (size_t k = 0; k < distinct_.size(); ++k)
-    std::memcpy(payload + shape.rows_at + k * row_bytes,
-                bucket.wide() ? static_cast<const void*>(distinct_[k]->f64) : distinct_[k]->f32, row_bytes);
 
-  if (bucket.centralise && !is_in(chain, Chains{}, Centralised{}))
+  if (bucket.centralise && !is_in(part.use.chain, Chains{}, Centralised{}))
     throw std::logic_error("fastopt: a chain was not compiled for centralised gradients: see csrc/chains.h");
+  LaunchHeader header{};
   header.table = bucket.table;
-  header.first_tensor = static_cast<uint32_t>(at);
+  header.rows = bucket.counted ? device_rows_ + bucket.first_counted : nullptr;
+  header.found_inf = found_inf;
+  header.grad_scale = is_in(part.use.chain, Chains{}, List<Pull>{}) ? nullptr : grad_scale;
+  header.first_tensor = static_cast<uint32_t>(part.at);
+  header.chunk = chunk_;
   header.indices_at = static_cast<uint32_t>(shape.indices_at);
   header.rows_at = static_cast<uint32_t>(shape.rows_at);
+  header.chain = part.use.chain;
+  header.first_slot = part.use.first_slot;
   const auto run = [&](const WorkItem* items, const std::vector<size_t>& first, auto kernel) {
-    header.items = items + first[at];
-    header.item_count = static_cast<uint32_t>(first[last + 1] - first[at]);
+    header.items = items + first[part.at];
+    header.item_count = static_cast<uint32_t>(first[part.at + part.tensors] - first[part.at]);
     if (header.item_count == 0) return;
     arguments_.header = header;
     // The header is the same size in every tier and the payload follows it, so a smaller one is the larger one cut off.
@@ -397,8 +442,7 @@ size_t DevicePlan::launch_part(const Bucket& bucket, size_t at, void* stream, La
     run(bucket.device_sums, bucket.first_sum,
         [&](const Launch& launch) { driver_->sum_rows(target, launch, bucket.wide()); });
   run(bucket.device_items, bucket.first_item,
-      [&](const Launch& launch) { driver_->update(target, launch, bucket.mix, chain, bucket.centralise); });
-  return next;
+      [&](const Launch& launch) { driver_->update(target, launch, bucket.mix, part.use.chain, bucket.centralise); });
 }
 
 }  // namespace fastopt

@@ -1,9 +1,10 @@
 // The work of one device: tables and items that lie there, and every step's launches.
 //
 // Tensors are sorted into buckets by mix and number of states, the largest first. A step names for each tensor its
-// gradient and coefficient row; launch() packs them into kernel parameters, one launch for each bucket and chain while
-// they fit. Host code only, of no device in particular: the driver runs the kernels, and memory comes from the `Memory`
-// it is given.
+// gradient and coefficient row; they are packed into kernel parameters, one launch for each bucket and chain while they
+// fit. A step like the last one (the same tensors take part, those that shared a row share one) is packed already: only
+// gradients and rows are new. Host code only, of no device in particular: the driver runs the kernels, and memory comes
+// from the `Memory` it is given.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +35,8 @@ Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver);
 
 class DevicePlan {
  public:
+  static constexpr uint32_t no_row = ~uint32_t{0};
+
   DevicePlan(const DeviceDriver& driver, int device) : driver_(&driver), device_(device) {}
 
   int device() const { return device_; }
@@ -42,11 +45,22 @@ class DevicePlan {
   // After the last `add`: makes the tables and brings them to the device.
   void place(const DeviceMemory& memory);
 
+  // Forgets the last step: what takes part in this one is named by set().
   void begin_step();
-  // A tensor whose row is known; `gradient` is p itself for one that has none.
-  void set(size_t number, const void* gradient, const Row& row);
+  // A tensor whose row is known; `gradient` is p itself for one that has none. Returns the row's number in this step.
+  uint32_t set(size_t number, const void* gradient, const Row& row);
   // One with counters on the device, whose row is made there. `slots` is how many states the plan knows of.
   void set(size_t number, const void* gradient, const DeviceSetting& setting, bool stepped, int slots);
+  // Instead, where this step is like the last one: a tensor's new gradient (on any thread), and for each number that
+  // set() returned the row that follows it; false if different rows follow one. Then, whether none is missing.
+  void renew(size_t number, const void* gradient) {
+    const auto [bucket, position] = where_[number];
+    buckets_[bucket].gradients[position] = gradient;
+  }
+  void begin_renewal() { ++step_; }
+  bool renew_row(uint32_t row_number, const Row& row);
+  bool renewed() const;
+
   void launch(void* stream, const float* found_inf, const float* grad_scale);
 
   // For tests and `explain`: how many kernels the last step launched.
@@ -56,7 +70,13 @@ class DevicePlan {
   struct ChainUse {
     int16_t chain;
     int8_t first_slot;
-    bool operator==(const ChainUse& other) const { return chain == other.chain; }
+    bool operator==(const ChainUse&) const = default;
+  };
+  // A row that tensors take in this step.
+  struct StepRow {
+    const Row* row;
+    ChainUse use;
+    uint64_t step;
   };
   struct Bucket {
     Mix mix;
@@ -73,18 +93,32 @@ class DevicePlan {
     const WorkItem* device_sums;
     size_t first_counted = 0;            // the position of its first tensor among all that are counted
     std::vector<const void*> gradients;  // this step's, by position
-    std::vector<const Row*> rows;        // null: left out, or counted
+    std::vector<uint32_t> rows;          // no_row: left out, or counted
     std::vector<uint16_t> codes;         // if counted
-    std::vector<ChainUse> chains;        // that occur
+    std::vector<ChainUse> counted_uses;  // the chains that rows made on the device may name
     bool wide() const { return mix == Mix::f64 || mix == Mix::any_f64; }
   };
+
+  // A launch: tensors of a bucket that take one chain, and everything of its parameters but gradients and rows.
+  struct Part {
+    const Bucket* bucket;
+    ChainUse use;
+    size_t at, tensors;
+    bool all;                       // every one of these tensors takes part
+    std::vector<uint16_t> numbers;  // of each tensor's row in `rows`; absent_number: it takes no part
+    std::vector<uint32_t> rows;
+  };
+  static constexpr uint16_t absent_number = 0xffff;
 
   void sort(Bucket& bucket);
   void cut(Bucket& bucket);
   static void use(Bucket& bucket, int16_t chain, int first_slot);
-  static bool takes(const Bucket& bucket, size_t at, int16_t chain);
+  bool takes(const Bucket& bucket, size_t at, ChainUse use) const;
+  std::vector<ChainUse> uses(const Bucket& bucket) const;
   void make_rows(void* stream, const float* found_inf);
-  size_t launch_part(const Bucket& bucket, size_t at, void* stream, LaunchHeader header);
+  void pack();
+  size_t pack_part(const Bucket& bucket, size_t at, ChainUse use);
+  void launch(const Part& part, void* stream, const float* found_inf, const float* grad_scale);
 
   const DeviceDriver* driver_;
   int device_;
@@ -92,14 +126,16 @@ class DevicePlan {
   size_t added_ = 0;
   std::vector<Bucket> buckets_;
   std::vector<std::pair<uint32_t, uint32_t>> where_;  // bucket and position, by number
-  std::vector<uint16_t> row_numbers_;                 // of the launch being made, by position
-  std::vector<const Row*> distinct_;
+  std::vector<StepRow> rows_;                         // of this step, by number
+  uint64_t step_ = 0;
+  std::vector<uint16_t> number_of_;  // those rows' numbers in the launch being packed
+  std::vector<Part> parts_;
+  bool packed_ = false;          // parts_ are this step's, and the next one's if it is like this one
   std::vector<uint16_t> codes_;  // of all counted tensors
   std::vector<DeviceSetting> settings_;
   std::vector<uint16_t> local_settings_, used_settings_;  // their numbers in the launch being made, and back
   const DeviceCounters* device_counters_ = nullptr;
   DeviceRow* device_rows_ = nullptr;
-  uint64_t launch_ = 0;
   int launches_ = 0;
   Arguments<tiers - 1> arguments_;
   RowsArguments<tiers - 1> rows_arguments_;

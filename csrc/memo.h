@@ -20,8 +20,8 @@ struct Row {
   int8_t first_slot;
   int8_t slots;
   int8_t count;
-  mutable uint16_t number;  // in the launch that is being made
-  mutable uint64_t launch = 0;
+  mutable uint32_t number;    // among the rows of a device's step
+  mutable uint64_t used = 0;  // by which step of which device
 };
 
 struct RowKey {

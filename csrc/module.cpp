@@ -87,8 +87,14 @@ PYBIND11_MODULE(_C, m) {
              return translated([&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()); }) ==
                     fastopt::Verdict::ready;
            })
-      .def("step",
-           [](Plan& plan, py::dict optimizer) { return translated([&] { return plan.step(optimizer.ptr()); }); })
+      .def(
+          "step",
+          [](Plan& plan, py::dict optimizer, const std::vector<uintptr_t>& streams) {
+            std::vector<Plan::DeviceStep> steps;
+            for (const uintptr_t stream : streams) steps.push_back({reinterpret_cast<void*>(stream), nullptr, nullptr});
+            return translated([&] { return plan.step(optimizer.ptr(), steps); });
+          },
+          py::arg("optimizer"), py::arg("streams") = std::vector<uintptr_t>())
       .def("devices", &Plan::devices)
       .def("device_launches", &Plan::device_launches)
       .def("launch", [](Plan& plan, const std::vector<std::array<uintptr_t, 3>>& steps) {

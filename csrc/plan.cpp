@@ -137,7 +137,7 @@ void Plan::activate(Entry& entry, Group& group, Found& found, bool sync) {
     found.dtype = p->dtype;
   }
   if (entry.device >= 0)
-    devices_[entry.device].set(entry.number, found.data, *found.row);
+    group.device_rows[entry.device] = devices_[entry.device].set(entry.number, found.data, *found.row);
   else if (!found.flat)
     layout_with(entry, (stepped ? found.grad : p->impl)->strides());
 }
@@ -154,7 +154,6 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
-  for (DevicePlan& device : devices_) device.begin_step();
   for (size_t i = 0; i < groups_.size(); ++i)
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   if (!check_state(state)) return Verdict::rebuild;
@@ -173,19 +172,34 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
       settled = false;
   });
   if (!intact) return Verdict::rebuild;
-  if (settled) return Verdict::ready;
+  if (settled && renew_devices()) return Verdict::ready;
 
   shared_ = false;
   shares_.clear();
+  for (DevicePlan& device : devices_) device.begin_step();
   for (size_t i = 0; i < groups_.size(); ++i)
     if (!decide(groups_[i], asked(sync, i))) return Verdict::rebuild;
+  for (Group& group : groups_) group.taken = group.last_row;
   shared_ = true;
   return Verdict::ready;
 }
 
+// Tells the devices what rows follow those of the last step.
+bool Plan::renew_devices() {
+  for (DevicePlan& device : devices_) device.begin_renewal();
+  for (Group& group : groups_) {
+    if (!group.used) continue;
+    group.taken = group.last_row;
+    for (size_t k = 0; k < group.device_rows.size(); ++k)
+      if (group.device_rows[k] != DevicePlan::no_row && !devices_[k].renew_row(group.device_rows[k], *group.last_row))
+        return false;
+  }
+  return std::all_of(devices_.begin(), devices_.end(), [](const DevicePlan& device) { return device.renewed(); });
+}
+
 // Whether all that is to be decided of this parameter is decided: it takes part as it did in the last step, with the
 // row that was foreseen.
-bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync) const {
+bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync) {
   if (!entry.native) return !found.active;
   if (!found.fits || entry.counted || found.active != (found.grad != nullptr)) return false;
   if (!found.grad) return !(sync && entry.has_state);
@@ -193,6 +207,10 @@ bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync
   const bool single = entry.counter_count < 2 || tensors(entry)[counters_at(entry) + 1].kind == CounterKind::f32;
   if (!group.likely || !found.flat || found.t != key.t || found.carry != key.carry || single != key.single)
     return false;
+  if (entry.device >= 0) {
+    if (found.row != group.taken) return false;
+    devices_[entry.device].renew(entry.number, found.data);
+  }
   found.row = group.last_row;
   if (std::atomic_ref used(group.used); !used.load(std::memory_order_relaxed))
     used.store(true, std::memory_order_relaxed);
@@ -203,6 +221,7 @@ bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync
 bool Plan::decide(Group& group, PyObject* asked) {
   const bool synchronise = asked != Py_False;
   std::optional<DeviceSetting> setting;
+  group.device_rows.assign(devices_.size(), DevicePlan::no_row);
   for (size_t k = group.first; k < group.first + group.count; ++k) {
     Entry& entry = entries_[k];
     Found& found = found_[k];
@@ -210,6 +229,7 @@ bool Plan::decide(Group& group, PyObject* asked) {
     found.active = entry.native && (found.grad || (synchronise && entry.has_state));
     if (found.active && !entry.has_state) return false;
     shares_.add(found.active && entry.device < 0 ? entry.n : 0);
+    found.row = nullptr;
     if (!found.active) continue;
     if (!entry.counted) {
       if (PyTuple_Check(asked)) throw std::invalid_argument("fastopt: a group counts on a device, its state does not");
@@ -241,7 +261,6 @@ bool Plan::examine(size_t begin, size_t end, PyObject* sync) {
 
 void Plan::look(const Entry& entry, Found& found) const {
   if (!entry.native) return;
-  found.row = nullptr;
   found.fits = check_tensors(entry) && (!found.grad || check_grad(entry, found));
   if (!found.fits || !found.grad || entry.counted) return;
   // A rule without a counter knows its first step by the state that was just created for it.
@@ -409,11 +428,11 @@ void Plan::launch(const std::vector<DeviceStep>& steps) {
   if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
   if (std::any_of(steps.begin(), steps.end(), [](const DeviceStep& step) { return step.grad_scale; }))
     check_unscaling();
-  if (shares_.elements() < release_above && devices_.empty()) return run(true, true);
-  run(true, false);
+  // The devices first: they work while the host counts.
   for (size_t k = 0; k < devices_.size(); ++k)
     devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);
-  if (shares_.elements() == 0) return;
+  if (shares_.elements() < release_above) return run(true, true);
+  run(true, false);
   // Another thread may drop a gradient while the kernels read it, so hold them all.
   for (size_t k = 0; k < entries_.size(); ++k)
     if (found_[k].active && found_[k].grad && entries_[k].device < 0)
@@ -425,8 +444,8 @@ void Plan::launch(const std::vector<DeviceStep>& steps) {
   kept_.clear();
 }
 
-bool Plan::step(PyObject* optimizer) {
-  if (!devices_.empty()) return false;
+bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {
+  if (steps.size() != devices_.size()) return false;
   for (PyObject* name : names().called) {
     PyObject* const hooks = PyDict_GetItemWithError(optimizer, name);
     if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) > 0) return false;
@@ -436,7 +455,7 @@ bool Plan::step(PyObject* optimizer) {
   PyObject* const groups = PyDict_GetItemWithError(optimizer, names().param_groups);
   PyObject* const state = PyDict_GetItemWithError(optimizer, names().state);
   if (!groups || !state || gather(groups, state, Py_None) != Verdict::ready) return false;
-  launch({});
+  launch(steps);
   return true;
 }
 

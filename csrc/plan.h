@@ -44,9 +44,9 @@ class Plan {
     const float* grad_scale;
   };
   void launch(const std::vector<DeviceStep>& steps);
-  // gather() and launch() for an optimizer that this plan serves alone and on the host, given its __dict__. False if
-  // there is more to do than that, and then nothing has changed.
-  bool step(PyObject* optimizer);
+  // gather() and launch() for an optimizer that this plan serves alone, given its __dict__ and the stream to use on
+  // each of devices(). False if there is more to do than that, and then nothing has changed.
+  bool step(PyObject* optimizer, const std::vector<DeviceStep>& steps);
   // How many kernels the last launch() started on devices.
   int device_launches() const;
 
@@ -105,9 +105,11 @@ class Plan {
     bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
     RowKey last_key{};
     const Row* last_row = nullptr;
-    double carry = 0;     // what that row carries over
-    bool used = false;    // a parameter took that row in the last step
-    bool likely = false;  // parameters may take it in this one
+    const Row* taken = nullptr;         // by parameters in the last step; only compared
+    std::vector<uint32_t> device_rows;  // its number, by device; no_row: it has none there
+    double carry = 0;                   // what that row carries over
+    bool used = false;                  // a parameter took that row in the last step
+    bool likely = false;                // parameters may take it in this one
   };
   struct State {
     PyObject* dict;  // kept alive by outer_
@@ -163,7 +165,8 @@ class Plan {
   const c10::TensorImpl* find_grad(const Entry& entry) const;
   void check_unscaling() const;
   void foresee(Group& group, bool sync);
-  bool take_likely(const Entry& entry, Group& group, Found& found, bool sync) const;
+  bool take_likely(const Entry& entry, Group& group, Found& found, bool sync);
+  bool renew_devices();
   bool decide(Group& group, PyObject* asked);
   void activate(Entry& entry, Group& group, Found& found, bool sync);
   Item item(const Entry& entry, const Found& found) const;

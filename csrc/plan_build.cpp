@@ -29,7 +29,7 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
   return true;
 }
 
-// The counters are on the CPU or all on the parameter's device; then, or if `on_device`, the device counts.
+// The counters are all on the CPU or all on the parameter's device; then, or if `on_device`, the device counts.
 bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
   for (const Ref& key : counter_keys_) {
     PyObject* object = PyDict_GetItemWithError(state, key.get());
@@ -40,6 +40,8 @@ bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
     const bool here = impl->device().is_cpu();
     if (!is_plain(impl) || impl->numel() != 1 || !(here || impl->device() == tensors(entry)->impl->device()))
       throw std::invalid_argument("fastopt: a counter is not a single number on the CPU or its parameter's device");
+    if (entry.counter_count > 0 && here != impl_of(PyDict_GetItem(state, counter_keys_[0].get()))->device().is_cpu())
+      throw std::invalid_argument("fastopt: some counters of a parameter are on the CPU and some on its device");
     on_device = on_device || !here;
     switch (impl->dtype().toScalarType()) {
       case c10::ScalarType::Float:

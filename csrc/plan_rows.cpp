@@ -126,7 +126,7 @@ const Row* Plan::row_for(Group& group, RowKey key) {
 // Makes the row that the parameters of a group will want if they go on as in the last step. Then they can take it while
 // they are examined, on whatever thread, and nobody has to look at them again.
 void Plan::foresee(Group& group, bool sync) {
-  group.likely = std::exchange(group.used, false) && group.last_key.t > 0 && devices_.empty();
+  group.likely = std::exchange(group.used, false) && group.last_key.t > 0;
   if (!group.likely) return;
   RowKey key = group.last_key;
   key.setting = group.setting.get();

@@ -22,7 +22,7 @@ from fastopt.backends import native, reference
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import TritonPlan
 from fastopt.chain import Chain
-from fastopt.plan import PythonPlan, check_state, missing_state, widened_counters
+from fastopt.plan import PythonPlan, check_state, mended_counters, missing_state
 from fastopt.rule import Rule, Setting, Settings
 
 TorchStep = Callable[[Optimizer], object]
@@ -237,7 +237,7 @@ class Engine:
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
                 pulled = self.rule.slow is not None and self.rule.slow.key in own
-                needs = missing_state if p.grad is not None or pulled else widened_counters
+                needs = missing_state if p.grad is not None or pulled else mended_counters
                 if new := needs(setting, p, own):
                     pending.append((p, new))
         for p, new in pending:

@@ -41,18 +41,24 @@ def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict
     for key, first in setting.rule.counters.items():
         if not isinstance(state.get(key), Tensor):
             new[key] = create_counter(setting, p, state.get(key, first))
-    new |= widened_counters(setting, p, state)
+    new |= mended_counters(setting, p, {**state, **new})
     for slot in setting.named_slots.values():
         if state.get(slot.key) is None:
             new[slot.key] = slot.create(p, setting.h)
     return new
 
 
-def widened_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Counters that go on in float32: torch's loading casts NAdam's ``mu_product`` to a 16-bit parameter's dtype."""
+def mended_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Counters that go on in float32, and where ``step`` is: torch's loading casts NAdam's ``mu_product`` to the
+    dtype of a 16-bit parameter, and takes it to the parameter's device while ``step`` stays behind."""
     narrow = (torch.bfloat16, torch.float16)
-    found = ((key, state.get(key)) for key in setting.rule.counters)
-    return {key: value.float() for key, value in found if isinstance(value, Tensor) and value.dtype in narrow}
+    found = {key: value for key in setting.rule.counters if isinstance(value := state.get(key), Tensor)}
+    home = next((value.device for value in found.values()), None)
+    return {
+        key: value.to(home, torch.float32 if value.dtype in narrow else value.dtype)
+        for key, value in found.items()
+        if value.dtype in narrow or value.device != home
+    }
 
 
 def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,20 +121,30 @@ class DeviceMemory:
         self._streams: dict[int, int] = {}  # each was allocated on
         self._captured: list[Tensor] = []
 
+    def name(self, device: int) -> str:
+        return self._device.format(device)
+
     def allocate(self, device: int, nbytes: int) -> Tensor:
-        self._newest[device] = torch.empty(nbytes, dtype=torch.uint8, device=self._device.format(device))
-        if self._device != "cpu":
-            self._streams[device] = torch._C._cuda_getCurrentRawStream(device)
+        self._newest[device] = torch.empty(nbytes, dtype=torch.uint8, device=self.name(device))
+        self._streams[device] = self.stream(device)
         return self._newest[device]
 
     def upload(self, to: Tensor, address: int, nbytes: int) -> None:
         host = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
         to[:nbytes].copy_(host)  # returns when the host memory may be reused
 
+    def stream(self, device: int) -> int:
+        """The current one, as its raw handle."""
+        return 0 if self._device == "cpu" else torch._C._cuda_getCurrentRawStream(device)
+
+    def streams(self, devices: Sequence[int]) -> list[int]:
+        """Those that the tables of devices were allocated on."""
+        return [self._streams[device] for device in devices]
+
     def used(self, device: int, stream: int) -> None:
         """Kernels on the current stream, as its raw handle, are about to read the tables of a device."""
         tables = self._newest.get(device)
-        if tables is None:
+        if tables is None or self._device == "cpu":
             return
         if stream != self._streams[device]:
             # The allocator gives freed memory to the stream it was allocated on without asking the others.
@@ -154,13 +164,19 @@ class Plan:
         self._core.launch([self._step(device, amp) for device in self._core.devices()])
 
     @property
-    def whole_step(self) -> Callable[[dict[str, Any]], bool] | None:
-        """The step of an optimizer that this plan serves alone, given its ``__dict__``, if all of it is on the host.
+    def whole_step(self) -> Callable[[dict[str, Any]], bool]:
+        """The step of an optimizer that this plan serves alone, given its ``__dict__``, while no graph is captured.
 
         It answers False, and has changed nothing, when there is more to do: new tables, hooks, a loss scale.
         """
+        devices: list[int] = self._core.devices()
         step: Callable[[dict[str, Any]], bool] = self._core.step
-        return None if self._core.devices() else step
+        return partial(self._step_on, devices, self._memory.streams(devices)) if devices else step
+
+    def _step_on(self, devices: list[int], own_streams: list[int], optimizer: dict[str, Any]) -> bool:
+        streams = list(map(self._memory.stream, devices))
+        # On another stream, the tables' memory must be told of it.
+        return streams == own_streams and self._core.step(optimizer, streams)
 
     @property
     def launches(self) -> int:
@@ -168,14 +184,9 @@ class Plan:
         return int(self._core.device_launches())
 
     def _step(self, device: int, amp: Amp) -> tuple[int, int, int]:
-        stream = torch._C._cuda_getCurrentRawStream(device)
+        stream = self._memory.stream(device)
         self._memory.used(device, stream)
-        return stream, *amp.addresses(f"cuda:{device}")
-
-
-class EmulatedPlan(Plan):
-    def _step(self, device: int, amp: Amp) -> tuple[int, int, int]:
-        return 0, *amp.addresses("cpu")
+        return stream, *amp.addresses(self._memory.name(device))
 
 
 def make_plan(
@@ -185,4 +196,4 @@ def make_plan(
     assert module is not None, why_not()
     memory = DeviceMemory(emulate)
     core = module.Plan(hyper, counters, ignored, intern, memory, emulate)
-    return (EmulatedPlan if emulate else Plan)(core, memory)
+    return Plan(core, memory)

@@ -37,20 +37,30 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # torch's own objects, bound here because every look-up is a cache miss in a training's step.
 _pre_hooks, _post_hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
-_ACCELERATORS: tuple[Callable[[], bool], ...] = tuple(
-    module.is_initialized
-    for module, built in (
-        (torch.cuda, torch.version.cuda or torch.version.hip),
-        (torch.xpu, getattr(torch.version, "xpu", None)),
+
+
+def _always() -> bool:
+    return True
+
+
+_ACCELERATORS: tuple[tuple[Callable[[], bool], Callable[[], bool]], ...] = tuple(
+    (module.is_initialized, capturing)
+    for module, built, capturing in (
+        (
+            torch.cuda,
+            torch.version.cuda or torch.version.hip,
+            getattr(torch._C, "_cuda_isCurrentStreamCapturing", _always),
+        ),
+        (torch.xpu, getattr(torch.version, "xpu", None), _always),  # not every torch can tell
     )
     if built
 )
-"""For each kind of device that captures graphs and that this torch was built for, whether it is in use."""
+"""For each kind of device that captures graphs and that this torch was built for: whether it is in use, and whether its
+current stream is being captured."""
 
 
-def _capturable() -> bool:
-    """Whether the capture of a graph may be under way."""
-    return any(in_use() for in_use in _ACCELERATORS)
+def _capturing() -> bool:
+    return any(in_use() and capturing() for in_use, capturing in _ACCELERATORS)
 
 
 class _Entry:
@@ -72,8 +82,8 @@ def entry(method: Method) -> Method:
     when there is a hook or a profiler. (The attribute ``hooked`` tells torch not to wrap again.) torch.compile runs the
     step as it is instead of tracing it.
 
-    Where one plan does all the work on the host, it is called from here: after a backward pass little of Python is left
-    in the caches, and every function in between costs microseconds.
+    Where one plan does all the work, it is called from here: after a backward pass little of Python is left in the
+    caches, and every function in between costs microseconds.
     """
     ways = _Entry(method)
     _entries.append(ways)
@@ -88,7 +98,7 @@ def entry(method: Method) -> Method:
             and (engine := own.get("_engine")) is not None
             and (whole_step := engine.whole_step) is not None
         ):
-            elsewhere = _pre_hooks or _post_hooks or _profiler_enabled() or (_ACCELERATORS and _capturable())
+            elsewhere = _pre_hooks or _post_hooks or _profiler_enabled() or (_ACCELERATORS and _capturing())
             if not elsewhere and whole_step(own):
                 return None
         if _watched(self) and inspect.unwrap(type(self).step) is method:
@@ -208,7 +218,7 @@ class Fused(_Base):
 
 def _check_capture(optimizer: Any) -> None:
     """torch's own check of CUDA graph capture, under the name it has in this version."""
-    if not _capturable():
+    if not any(in_use() for in_use, _ in _ACCELERATORS):
         return
     name = "_accelerator_graph_capture_health_check"
     getattr(optimizer, name if hasattr(optimizer, name) else "_cuda_graph_capture_health_check")()

@@ -51,11 +51,12 @@ def parametrize(
 
 
 def on_cpu(traces: Sequence[Snapshot]) -> list[Snapshot]:
-    """Traces brought over in one copy for each dtype: one by one, a step's tensors take longer than the step."""
+    """Traces brought over in one copy for each dtype and device (`step` may be on the CPU already): one by one, a
+    step's tensors take longer than the step."""
     tensors = [t for step in traces for p, states in step for t in (p, *states.values())]
     moved: dict[int, Tensor] = {}
-    for dtype in {t.dtype for t in tensors}:
-        group = [t for t in tensors if t.dtype == dtype]
+    for kind in {(t.dtype, t.device) for t in tensors}:
+        group = [t for t in tensors if (t.dtype, t.device) == kind]
         flat = torch.cat([t.reshape(-1) for t in group]).cpu()
         pieces = flat.split([t.numel() for t in group])
         moved |= {id(t): piece.view(t.shape) for t, piece in zip(group, pieces, strict=True)}

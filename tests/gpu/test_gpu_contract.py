@@ -271,7 +271,7 @@ def test_memory_checker_finds_nothing(backend: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("checked_steps.py")
     command = [checker, "--tool", "memcheck", "--error-exitcode", "66", sys.executable, str(script), backend]
     # Every tensor an allocation of its own: inside one of the caching allocator's blocks nothing would be noticed.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     # A process group of its own: stopped alone, the checker would leave what it watches running on the device.
     run = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
