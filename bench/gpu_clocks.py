@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 
 from bench.race import Runner, Turn
 
-# Cycles that the device is kept busy before the first event, about two milliseconds, so that the host is ahead of it
-# and the first launch is not part of the time.
-HEAD_START = 4_000_000
+# How long the device is kept busy before the first event, so that the host is ahead of it and no launch is part of the
+# time: at first about two milliseconds; for a runner whose host takes longer, as long as that took in its last turn.
+HEAD_START = 2e-3
+CYCLES = 2_000_000_000  # of a second, or fewer
+_head_starts: WeakKeyDictionary[Runner, float] = WeakKeyDictionary()
 
 
 def device(runner: Runner, first_step: int, steps: int) -> float:
     runner.prepare(first_step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(HEAD_START)
+    began = time.perf_counter()
+    torch.cuda._sleep(int(_head_starts.get(runner, HEAD_START) * CYCLES))
     start.record()
     for _ in range(steps):
         runner.run()
     end.record()
+    _head_starts[runner] = max(HEAD_START, 1.2 * (time.perf_counter() - began))
     end.synchronize()
     return float(start.elapsed_time(end)) / steps * 1e-3
 

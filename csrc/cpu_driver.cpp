@@ -14,7 +14,9 @@
 namespace fastopt {
 namespace {
 
-constexpr int64_t grain = 16384;    // elements below which a second thread costs more than it saves
+// Elements that one thread updates; from twice as many on, every thread gets its share of them, for torch wakes all of
+// its threads or none.
+constexpr int64_t alone = 16384, grain = 4096;
 constexpr int64_t overhead = 64;    // elements that could be updated in the time that a tensor costs for being one
 constexpr int64_t split_unit = 64;  // elements: parts of a tensor start on whole cache lines of every dtype
 
@@ -258,7 +260,8 @@ void Shares::add(int64_t n) {
 }
 
 void Shares::run(const std::function<void(size_t, int64_t, int64_t, bool)>& f) const {
-  at::parallel_for(0, begins_.back(), grain, [&](int64_t begin, int64_t end) {
+  const int64_t all = begins_.back();
+  at::parallel_for(0, all, all < 2 * alone ? all : grain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
     for (; i + 1 < begins_.size() && begins_[i] < end; ++i) {
       const int64_t n = begins_[i + 1] - begins_[i] - overhead, zero = begins_[i] + overhead;

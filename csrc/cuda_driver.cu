@@ -116,7 +116,7 @@ void launch(const Target& target, const void* kernel, const void* parameters, ui
 }
 
 template <class T, int tier>
-__global__ void __launch_bounds__(block_threads, 4) sum_rows_kernel(const __grid_constant__ Arguments<tier> arguments) {
+__global__ void __launch_bounds__(block_threads, 8) sum_rows_kernel(const __grid_constant__ Arguments<tier> arguments) {
   sum_item<T>(arguments.header, arguments.payload, CudaWarp::item(), CudaWarp());
 }
 
@@ -137,11 +137,12 @@ constexpr int count(List<Chains...>) {
 }
 
 void update(const Target& target, const Launch& what, Mix mix, int chain, bool centralise) {
+  const bool scaled = static_cast<const LaunchHeader*>(what.arguments)->grad_scale;
   const CudaKernel* const found = find(mix, chain, what.tier, std::make_integer_sequence<int, mixes>{});
-  const void* const kernel = !found ? nullptr : centralise ? found->centralised : found->plain;
+  const void* const kernel = found ? found->address[centralise][scaled] : nullptr;
   const auto name = [&] {
-    return chain_name(chain, Chains{}) + " (" + mix_names[static_cast<int>(mix)] +
-           (centralise ? ", centralised)" : ")");
+    return chain_name(chain, Chains{}) + " (" + mix_names[static_cast<int>(mix)] + (centralise ? ", centralised" : "") +
+           (scaled ? ", scaled)" : ")");
   };
   if (!kernel) throw std::logic_error("fastopt: there is no kernel " + name());
   launch(target, kernel, what.arguments, what.warps, block_threads / lanes, name);
@@ -165,8 +166,7 @@ void load(int device, Mix mix, bool centralise) {
   for (int tier = 0; tier < tiers; ++tier) {
     for (int chain = 0; chain < count(Chains{}); ++chain) {
       const CudaKernel* const found = find(mix, chain, tier, std::make_integer_sequence<int, mixes>{});
-      if (found) kernels.push_back(found->plain);
-      if (found && centralise) kernels.push_back(found->centralised);
+      if (found) kernels.insert(kernels.end(), found->address[0], found->address[centralise ? 2 : 1]);
     }
     if (centralise) kernels.push_back(sum_rows_of(tier, wide));
     kernels.push_back(make_rows_of(tier));

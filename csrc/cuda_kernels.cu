@@ -6,42 +6,37 @@
 namespace fastopt {
 namespace {
 
-// How many blocks an SM should hold, by the states of a chain: as many as ptxas fits without a spill on sm_90, whose
-// memory asks for the most bytes in flight for its registers: each thread has one vector of every stream on its way.
-// For sm_100 ptxas takes more registers; sm_80 has half the bandwidth. tests/test_cuda_compiled.py lists what comes of
-// it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 9
-constexpr bool packed = true;
-#else
-constexpr bool packed = false;
-#endif
-
-template <class Chain, Mix mix, bool centralise>
-constexpr int blocks_per_sm() {
+// What a thread holds at the same time: addresses and a vector of every stream, the coefficients, and room to compute,
+// more of it the more there is to keep apart. ptxas gets no more registers than that, in steps of eight, so that an SM
+// holds as many threads as it can: bandwidth depends on how many bytes they have under way. None of it may spill;
+// tests/test_cuda_compiled.py looks.
+template <class Chain, Mix mix>
+constexpr int registers_of() {
   using M = MixOf<mix>;
-  constexpr int slots = Chain::slots;
-  if constexpr (M::any) {
-    return centralise ? 1 : 2;
-  } else if constexpr (centralise) {
-    return M::V == 4 && slots <= 2 ? 3 : 2;
-  } else if constexpr (M::V == 2) {
-    constexpr int f64[] = {4, 3, 2, 2, 2};
-    return f64[slots];
-  } else if constexpr (packed) {
-    constexpr int f32[] = {6, 5, 4, 4, 4}, mixed[] = {5, 4, 3, 3, 2}, narrow[] = {5, 4, 4, 3, 3};
-    if (M::V == 8) return M::s_dtype == Dtype::f32 ? mixed[slots] : narrow[slots];
-    // Ten coefficients beside five vectors are more than 64 registers hold.
-    return slots == 3 && Chain::coefficients >= 10 ? 3 : f32[slots];
-  } else {
-    constexpr int f32[] = {5, 4, 3, 3, 2}, narrow[] = {5, 4, 3, 2, 2};
-    return M::V == 8 ? narrow[slots] : f32[slots];
-  }
+  constexpr int slots = Chain::slots, addresses = 2 * (2 + slots);
+  constexpr int vectors = M::V * (2 * size_of(M::p_dtype) + slots * size_of(M::s_dtype)) / 4;
+  constexpr int coefficients = Chain::coefficients * sizeof(typename M::T) / 4;
+  constexpr bool wide = sizeof(typename M::T) == 8, mixed = M::p_dtype != M::s_dtype;
+  constexpr int room = (wide ? 36 : M::V == 8 ? 20 : 16) + (slots < 3 ? 0 : mixed ? 16 : 8);
+  return (addresses + vectors + coefficients + room + 7) / 8 * 8;
 }
 
-template <class Chain, Mix mix, bool centralise, int tier>
-__global__ void __launch_bounds__(block_threads, (blocks_per_sm<Chain, mix, centralise>()))
+template <class Chain, Mix mix, bool centralise, bool scaled>
+constexpr int blocks_per_sm() {
+  if constexpr (scaled)
+    return 1;
+  else if constexpr (MixOf<mix>::any)
+    return centralise ? 2 : 4;
+  else if constexpr (centralise)
+    return 4;
+  else
+    return 65536 / (block_threads * registers_of<Chain, mix>());
+}
+
+template <class Chain, Mix mix, bool centralise, bool scaled, int tier>
+__global__ void __launch_bounds__(block_threads, (blocks_per_sm<Chain, mix, centralise, scaled>()))
     update(const __grid_constant__ Arguments<tier> arguments) {
-  run_item<Chain, mix, centralise>(arguments.header, arguments.payload, CudaWarp::item(), CudaWarp());
+  run_item<Chain, mix, centralise, scaled>(arguments.header, arguments.payload, CudaWarp::item(), CudaWarp());
 }
 
 template <class Chain, class Chains>
@@ -49,11 +44,20 @@ constexpr bool is_in = false;
 template <class Chain, class... Chains>
 constexpr bool is_in<Chain, List<Chains...>> = (std::is_same_v<Chain, Chains> || ...);
 
+template <class Chain, Mix mix, bool centralise, bool scaled, int tier>
+const void* address() {
+  return reinterpret_cast<const void*>(&update<Chain, mix, centralise, scaled, tier>);
+}
+
 template <class Chain, Mix mix, int tier>
 CudaKernel kernel_of() {
-  CudaKernel kernel{reinterpret_cast<const void*>(&update<Chain, mix, false, tier>), nullptr};
-  if constexpr (is_in<Chain, Centralised>)
-    kernel.centralised = reinterpret_cast<const void*>(&update<Chain, mix, true, tier>);
+  constexpr int scaled = scaled_tier(MixOf<mix>::any);
+  CudaKernel kernel{{{address<Chain, mix, false, false, tier>(), nullptr}, {nullptr, nullptr}}};
+  if constexpr (!std::is_same_v<Chain, Pull>) kernel.address[0][1] = address<Chain, mix, false, true, scaled>();
+  if constexpr (is_in<Chain, Centralised>) {
+    kernel.address[1][0] = address<Chain, mix, true, false, tier>();
+    kernel.address[1][1] = address<Chain, mix, true, true, scaled>();
+  }
   return kernel;
 }
 

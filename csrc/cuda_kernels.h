@@ -5,10 +5,12 @@
 
 namespace fastopt {
 
+// Null where a chain has none. Those that divide gradients by a loss scale take the largest parameters only, or in the
+// mixes that take any tensor the smallest: a question for each element would cost the others registers and time.
 struct CudaKernel {
-  const void* plain;
-  const void* centralised;  // null: this chain has none
+  const void* address[2][2];  // whether gradients are centralised, and whether they are scaled
 };
+inline constexpr int scaled_tier(bool any) { return any ? 0 : tiers - 1; }
 
 template <Mix mix>
 const CudaKernel& cuda_kernel(int chain, int tier);

@@ -22,7 +22,7 @@ inline constexpr const char* mix_names[mixes] = {"f32",      "f64",     "bf16", 
                                                  "bf16_f32", "f16_f32", "any_f32", "any_f64"};
 
 inline constexpr int lanes = 32;               // of a warp, which takes one work item
-inline constexpr int block_threads = 256;      // eight items
+inline constexpr int block_threads = 128;      // four items
 inline constexpr int alignment = 16;           // bytes: what the named mixes ask of every stream
 inline constexpr int max_device_dims = 8;      // of a strided tensor
 inline constexpr int64_t longest_row = 4096;   // elements of a slice that one warp centralises by itself
@@ -51,14 +51,26 @@ struct alignas(16) DeviceTensor {
   Dtype p_dtype, g_dtype, s_dtype[max_slots];
 };
 
-// One warp's share. Without centralisation the chunk-th run of `chunk` elements; with it rows_per_item slices from
+// One warp's share, the chunk-th of a tensor. Where slices are centralised rows_per_item of them, from
 // chunk * rows_per_item on, or of a slice longer than longest_row one of the pieces_of(row_length) runs of longest_row.
-struct WorkItem {
+// Else, in the mixes that take any tensor, a run of any_length elements, and in the others a vector of every stream for
+// each lane, `vectors` times: warps in a row, dealt_together of them, take turns, so that what they read and write at
+// the same time lies together.
+struct alignas(8) WorkItem {
   uint32_t tensor;
   uint32_t chunk;
 };
 
+inline constexpr int64_t any_length = 256;
+inline constexpr int dealt_together = 8;
+
 FASTOPT_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The items of a tensor of n elements, given how many are a warp's vectors: the last that take turns have no more warps
+// than vectors.
+FASTOPT_HD constexpr int64_t dealt_items(int64_t n, int64_t at_once, int vectors) {
+  const int64_t together = at_once * vectors * dealt_together, rest = ceil_div(n % together, at_once);
+  return n / together * dealt_together + (rest < dealt_together ? rest : dealt_together);
+}
 FASTOPT_HD constexpr int64_t pieces_of(int64_t row_length) { return ceil_div(row_length, longest_row); }
 FASTOPT_HD constexpr int64_t part_of(int64_t row_length) {
   const int64_t least = ceil_div(row_length, most_parts);
@@ -85,7 +97,8 @@ struct LaunchHeader {
   const float* grad_scale;  // gradients are divided by it and written back; null: they are taken as they are
   uint32_t item_count;
   uint32_t first_tensor;  // the first in the payload
-  uint32_t chunk;         // elements of an item
+  uint16_t together;      // elements that dealt_together items take turns at
+  uint16_t row_bits;      // slices shorter than 2^row_bits share an item, as many as that has room for
   uint32_t indices_at, rows_at;
   int16_t chain;
   int16_t first_slot;

@@ -14,7 +14,7 @@ struct Target {
   void* stream;
 };
 
-// Parameters of one launch: an Arguments<tier> and how many warps it asks for.
+// Parameters of one launch: an Arguments<tier>, in memory for the largest, and how many warps it asks for.
 struct Launch {
   int tier;
   const void* arguments;

@@ -9,7 +9,9 @@
 
 namespace fastopt {
 
-// The dtypes of a mix. V elements are 16 bytes of the narrowest stream.
+// The dtypes of a mix. V elements are 16 bytes of the widest stream: were they 16 of the narrowest, a lane would read
+// and write 32 of the widest in two halves, each of which reaches half of every sector of memory that it touches. Where
+// L1 does not keep a sector for the second half, it is fetched twice, which took twice as long on an H200.
 template <Dtype PG, Dtype S, class Compute>
 struct Dense {
   static constexpr bool any = false;
@@ -19,7 +21,7 @@ struct Dense {
   using State = Stored<S>;
   using PRaw = typename P::Raw;
   using SRaw = typename State::Raw;
-  static constexpr int V = alignment / (size_of(PG) < size_of(S) ? size_of(PG) : size_of(S));
+  static constexpr int V = alignment / (size_of(PG) > size_of(S) ? size_of(PG) : size_of(S));
 };
 template <class Compute>
 struct Any {
@@ -49,77 +51,64 @@ struct MixOf<Mix::any_f32> : Any<float> {};
 template <>
 struct MixOf<Mix::any_f64> : Any<double> {};
 
-struct alignas(alignment) Sixteen {
-  uint32_t word[4];
+// What a lane reads or writes at once.
+template <int words>
+struct alignas(4 * words) Access {
+  uint32_t word[words];
 };
 
-// Each address is read once and written once in a step: reads need no place in L1, and what is written as state is not
-// read again before the next step. But where a thread reads 32 bytes in two halves, a sector of memory, the second half
-// is to be found in L1.
-template <bool halved>
-FASTOPT_HD Sixteen read16(const void* from) {
-  Sixteen x;
+// Without cache hints: an H200 is slower with them (docs/benchmarks.md).
+template <int words>
+FASTOPT_HD Access<words> read(const void* from) {
+  static_assert(words == 2 || words == 4);
+  Access<words> x;
 #if defined(__CUDA_ARCH__)
-  if constexpr (halved)
+  if constexpr (words == 4)
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
                  : "l"(from));
   else
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-                 : "l"(from));
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.word[0]), "=r"(x.word[1]) : "l"(from));
 #else
   memcpy(&x, from, sizeof x);
 #endif
   return x;
 }
-FASTOPT_HD void write16(void* to, const Sixteen& x, bool streaming) {
+template <int words>
+FASTOPT_HD void write(void* to, const Access<words>& x) {
 #if defined(__CUDA_ARCH__)
-  if (streaming)
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "l"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
-                 : "memory");
-  else
+  if constexpr (words == 4)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
                  : "l"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
                  : "memory");
+  else
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(x.word[0]), "r"(x.word[1]) : "memory");
 #else
-  (void)streaming;
   memcpy(to, &x, sizeof x);
 #endif
 }
 
-// V elements of a stream, in accesses of 16 bytes. All of a tensor's are read before any is converted.
+// V elements of a stream. All of a tensor's streams are read before any is converted.
 template <class S, int V>
 struct Vector {
-  static constexpr int each = alignment / sizeof(typename S::Raw);
-  static constexpr int parts = V / each;
-  Sixteen part[parts];
+  static constexpr int words = V * sizeof(typename S::Raw) / 4;
+  Access<words> held;
 
-  FASTOPT_HD static Vector read(const typename S::Raw* from) {
-    Vector v;
-#pragma unroll
-    for (int k = 0; k < parts; ++k) v.part[k] = read16<(parts > 1)>(from + k * each);
-    return v;
-  }
-  FASTOPT_HD void write(typename S::Raw* to, bool streaming) const {
-#pragma unroll
-    for (int k = 0; k < parts; ++k) write16(to + k * each, part[k], streaming);
-  }
+  FASTOPT_HD static Vector read(const typename S::Raw* from) { return {fastopt::read<words>(from)}; }
+  FASTOPT_HD void write(typename S::Raw* to) const { fastopt::write(to, held); }
   template <class T>
   FASTOPT_HD T get(int i) const {
-    typename S::Raw raw[each];
-    memcpy(raw, &part[i / each], sizeof raw);
-    return S::template load<T>(raw[i % each]);
+    typename S::Raw raw[V];
+    memcpy(raw, &held, sizeof raw);
+    return S::template load<T>(raw[i]);
   }
   template <class T>
   FASTOPT_HD void set(int i, T value) {
-    typename S::Raw raw[each];
-    memcpy(raw, &part[i / each], sizeof raw);
-    raw[i % each] = S::template store<T>(value);
-    memcpy(&part[i / each], raw, sizeof raw);
+    typename S::Raw raw[V];
+    memcpy(raw, &held, sizeof raw);
+    raw[i] = S::template store<T>(value);
+    memcpy(&held, raw, sizeof raw);
   }
 };
 
@@ -178,8 +167,8 @@ FASTOPT_HD int64_t offset_of(const DeviceStrides* layout, int stream, int64_t i)
 // A lane's part of the sum of n contiguous gradients, wherever they begin: two 16-byte reads are under way at a time.
 template <class S, class T>
 FASTOPT_HD Pair sum_dense(const typename S::Raw* from, int n, const float* scale, int lane) {
-  using V = Vector<S, alignment / sizeof(typename S::Raw)>;
-  constexpr int each = V::each, deep = 2;
+  constexpr int each = alignment / sizeof(typename S::Raw), deep = 2;
+  using V = Vector<S, each>;
   const auto plus = [&](Pair sum, T g) {
     return add(sum, {static_cast<double>(scale ? g / static_cast<T>(*scale) : g), 0});
   };
@@ -241,14 +230,16 @@ struct Gradient {
   }
 };
 
-// One tensor's streams and coefficients, and the chain applied to a range of them.
-template <class Chain, Mix mix>
+// One tensor's streams and coefficients, and the chain applied to a range of them. `scaled`: gradients are divided by
+// the loss scale and written back.
+template <class Chain, Mix mix, bool scaled>
 struct Update {
   using M = MixOf<mix>;
   using T = typename M::T;
   static constexpr int S = Chain::slots, C = Chain::coefficients, V = M::V;
 
   const DeviceTensor& tensor;
+  int64_t n;
   int first_slot;  // s[k] is the tensor's state first_slot + k
   void* p;
   void* g;
@@ -259,11 +250,12 @@ struct Update {
 
   FASTOPT_HD Update(const LaunchHeader& header, const unsigned char* payload, uint32_t number, const void* gradient)
       : tensor(header.table[number]),
+        n(tensor.n),
         first_slot(header.first_slot),
         p(tensor.p),
         g(const_cast<void*>(gradient)),
         shift(0),
-        scale(header.grad_scale) {
+        scale(scaled ? header.grad_scale : nullptr) {
 #pragma unroll
     for (int k = 0; k < S; ++k) s[k] = tensor.s[first_slot + k];
     if (header.rows) {
@@ -292,71 +284,90 @@ struct Update {
     if constexpr (M::any) {
       for (int64_t i = begin + lane; i < end; i += lanes) any_element(i);
     } else {
-      // From a whole vector on, in 32 bits. Fewer than V elements lie before the first whole vector and fewer than V
-      // after the last: together less than a warp.
-      const int64_t base = begin / V * V;
-      const Streams at = streams(base);
-      const int from = static_cast<int>(begin - base), to = static_cast<int>(end - base);
-      const int up = from > 0 ? V : 0, first = up < to ? up : to, last = first < to / V * V ? to / V * V : first;
-      // A second vector could not be read before the first is written: unrolling would only cost registers.
-#pragma unroll 1
-      for (int i = first + lane * V; i < last; i += lanes * V) vector(at, i);
-      const int head = first - from, ragged = head + (to - last);
-      if (lane < ragged) element(at, lane < head ? from + lane : last + (lane - head));
+      // From a whole vector on. Fewer than V elements lie before it: less than a warp.
+      const int64_t whole = (begin + V - 1) / V * V, first = whole < end ? whole : end;
+      if (lane < first - begin) element(streams(begin), lane);
+      run<lanes * V>(streams(first + lane * V), static_cast<int>(end - first) - lane * V);
     }
+  }
+
+  // This lane's part of an item that is dealt out together with others.
+  FASTOPT_HD void dealt(uint32_t chunk, int lane, int together) const {
+    constexpr int stride = dealt_together * lanes * V;
+    const int64_t begin = static_cast<int64_t>(chunk / dealt_together) * together, all = n - begin;
+    const int first = (static_cast<int>(chunk % dealt_together) * lanes + lane) * V;
+    run<stride>(streams(begin + first), static_cast<int>(all < together ? all : together) - first);
   }
 
  private:
   struct Streams {
     typename M::PRaw *p, *g;
     typename M::SRaw* s[S + 1];
+
+    FASTOPT_HD void advance(int by) {
+      p += by, g += by;
+#pragma unroll
+      for (int k = 0; k < S; ++k) s[k] += by;
+    }
   };
 
-  FASTOPT_HD Streams streams(int64_t base) const {
-    Streams at{static_cast<typename M::PRaw*>(p) + base, static_cast<typename M::PRaw*>(g) + base, {}};
+  FASTOPT_HD Streams streams(int64_t from) const {
+    Streams at{static_cast<typename M::PRaw*>(p) + from, static_cast<typename M::PRaw*>(g) + from, {}};
 #pragma unroll
-    for (int k = 0; k < S; ++k) at.s[k] = static_cast<typename M::SRaw*>(s[k]) + base;
+    for (int k = 0; k < S; ++k) at.s[k] = static_cast<typename M::SRaw*>(s[k]) + from;
     return at;
+  }
+
+  // Every stride-th of `left` elements in vectors. What is less than a vector at the end is one lane's.
+  template <int stride>
+  FASTOPT_HD void run(Streams at, int left) const {
+    // A second vector could not be read before the first is written: unrolling would only cost registers.
+#pragma unroll 1
+    for (; left >= V; left -= stride) {
+      vector(at);
+      at.advance(stride);
+    }
+#pragma unroll 1
+    for (int i = 0; i < left; ++i) element(at, i);
   }
 
   FASTOPT_HD T divided(T gradient) const { return gradient / static_cast<T>(*scale); }
 
-  FASTOPT_HD void vector(const Streams& at, int i) const {
+  FASTOPT_HD void vector(const Streams& at) const {
     using PVector = Vector<typename M::P, V>;
     using SVector = Vector<typename M::State, V>;
-    PVector d = PVector::read(at.g + i);
-    if (scale) {
+    PVector d = PVector::read(at.g), x = PVector::read(at.p);
+    SVector v[S + 1];
+#pragma unroll
+    for (int k = 0; k < S; ++k) v[k] = SVector::read(at.s[k]);
+    if constexpr (scaled) {
       PVector q = d;
 #pragma unroll
       for (int j = 0; j < V; ++j) q.template set<T>(j, divided(d.template get<T>(j)));
-      q.write(at.g + i, true);
+      q.write(at.g);
     }
-    PVector x = PVector::read(at.p + i);
-    SVector v[S + 1];
-#pragma unroll
-    for (int k = 0; k < S; ++k) v[k] = SVector::read(at.s[k] + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       T a = x.template get<T>(j), b = d.template get<T>(j), w[S + 1];
 #pragma unroll
       for (int k = 0; k < S; ++k) w[k] = v[k].template get<T>(j);
-      if (scale) b = divided(b);
+      if constexpr (scaled) b = divided(b);
       b = b - shift;
       Chain::apply(a, b, w, c);
       x.template set<T>(j, a);
 #pragma unroll
       for (int k = 0; k < S; ++k) v[k].template set<T>(j, w[k]);
     }
-    x.write(at.p + i, false);
+    x.write(at.p);
 #pragma unroll
-    for (int k = 0; k < S; ++k) v[k].write(at.s[k] + i, true);
+    for (int k = 0; k < S; ++k) v[k].write(at.s[k]);
   }
 
   FASTOPT_HD void element(const Streams& at, int i) const {
     T a = M::P::template load<T>(at.p[i]), b = M::P::template load<T>(at.g[i]), w[S + 1];
 #pragma unroll
     for (int k = 0; k < S; ++k) w[k] = M::State::template load<T>(at.s[k][i]);
-    if (scale) at.g[i] = M::P::template store<T>(b = divided(b));
+    if constexpr (scaled) at.g[i] = M::P::template store<T>(b = divided(b));
     b = b - shift;
     Chain::apply(a, b, w, c);
     at.p[i] = M::P::template store<T>(a);
@@ -373,7 +384,7 @@ struct Update {
     if constexpr (!std::is_same_v<Chain, Pull>) b = read_any<T>(g, tensor.g_dtype, at[1]);
 #pragma unroll
     for (int k = 0; k < S; ++k) w[k] = read_any<T>(s[k], tensor.s_dtype[first_slot + k], at[2 + k]);
-    if (scale) write_any<T>(g, tensor.g_dtype, at[1], b = divided(b));
+    if constexpr (scaled) write_any<T>(g, tensor.g_dtype, at[1], b = divided(b));
     b = b - shift;
     Chain::apply(a, b, w, c);
     write_any<T>(p, tensor.p_dtype, at[0], a);
@@ -404,13 +415,24 @@ FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& 
     return;
   }
   const int short_length = static_cast<int>(length);
-  int64_t begin = item.chunk * rows_per_item(length, header.chunk) * length;
-  const int64_t end = begin + rows_per_item(length, header.chunk) * length;
+  int64_t begin = item.chunk * rows_per_item(length, int64_t{1} << header.row_bits) * length;
+  const int64_t end = begin + rows_per_item(length, int64_t{1} << header.row_bits) * length;
   for (const int64_t stop = end < tensor.n ? end : tensor.n; begin < stop; begin += short_length) {
     const Pair sum = warp.sum([&](int lane) { return update.sum(begin, begin + short_length, lane); });
     update.shift = static_cast<T>(total(sum) / static_cast<double>(short_length));
     warp.each([&](int lane) { update.range(begin, begin + short_length, lane); });
   }
+}
+
+// Brings the list of items to the L2 cache before its turn: the next in line would wait for memory.
+FASTOPT_HD void prefetch_item(const LaunchHeader& header, uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  constexpr uint32_t far = 8192;
+  if (at + far < header.item_count && at % (128 / sizeof(WorkItem)) == 0)
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(header.items + at + far));
+#else
+  (void)header, (void)at;
+#endif
 }
 
 FASTOPT_HD bool skips(const LaunchHeader& header) { return header.found_inf && *header.found_inf != 0; }
@@ -420,21 +442,26 @@ FASTOPT_HD const void* gradient_of(const LaunchHeader& header, const unsigned ch
 }
 
 // One work item of an update.
-template <class Chain, Mix mix, bool centralise, class Warp>
+template <class Chain, Mix mix, bool centralise, bool scaled, class Warp>
 FASTOPT_HD void run_item(const LaunchHeader& header, const unsigned char* payload, uint32_t at, const Warp& warp) {
   if (at >= header.item_count || skips(header)) return;
+  prefetch_item(header, at);
   const WorkItem item = header.items[at];
   const void* const gradient = gradient_of(header, payload, item.tensor);
   if (!gradient || (header.rows && header.rows[item.tensor].chain != header.chain)) return;
-  Update<Chain, mix> update(header, payload, item.tensor, gradient);
+  Update<Chain, mix, scaled> update(header, payload, item.tensor, gradient);
   if constexpr (centralise) {
     if (update.tensor.row_length > 0) {
       run_rows(update, header, item, warp);
       return;
     }
   }
-  const int64_t begin = static_cast<int64_t>(item.chunk) * header.chunk, end = begin + header.chunk;
-  warp.each([&](int lane) { update.range(begin, end < update.tensor.n ? end : update.tensor.n, lane); });
+  if constexpr (MixOf<mix>::any) {
+    const int64_t begin = item.chunk * any_length, end = begin + any_length;
+    warp.each([&](int lane) { update.range(begin, end < update.tensor.n ? end : update.tensor.n, lane); });
+  } else {
+    warp.each([&](int lane) { update.dealt(item.chunk, lane, header.together); });
+  }
 }
 
 // One work item of the pass that sums slices too long for one warp: the item.chunk-th part of all of a tensor's.

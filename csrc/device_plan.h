@@ -96,6 +96,7 @@ class DevicePlan {
     std::vector<uint32_t> rows;          // no_row: left out, or counted
     std::vector<uint16_t> codes;         // if counted
     std::vector<ChainUse> counted_uses;  // the chains that rows made on the device may name
+    bool any() const { return mix == Mix::any_f32 || mix == Mix::any_f64; }
     bool wide() const { return mix == Mix::f64 || mix == Mix::any_f64; }
   };
 
@@ -122,7 +123,7 @@ class DevicePlan {
 
   const DeviceDriver* driver_;
   int device_;
-  uint32_t chunk_ = 0;
+  int row_bits_ = 0;
   size_t added_ = 0;
   std::vector<Bucket> buckets_;
   std::vector<std::pair<uint32_t, uint32_t>> where_;  // bucket and position, by number

@@ -9,12 +9,20 @@
 namespace fastopt {
 namespace {
 
-template <class Chain, Mix mix, bool centralise>
-void update(const LaunchHeader& header, const unsigned char* payload, uint32_t first, uint32_t warps) {
+template <class Chain, Mix mix, bool centralise, bool scaled>
+void update_all(const LaunchHeader& header, const unsigned char* payload, uint32_t first, uint32_t warps) {
   // As many as whole blocks have: the surplus must do nothing.
   const uint32_t per_block = block_threads / lanes, all = (warps + per_block - 1) / per_block * per_block;
   for (uint32_t item = first; item < all; ++item)
-    run_item<Chain, mix, centralise>(header, payload, item, EmulatedWarp{});
+    run_item<Chain, mix, centralise, scaled>(header, payload, item, EmulatedWarp{});
+}
+
+template <class Chain, Mix mix, bool centralise>
+void update(const LaunchHeader& header, const unsigned char* payload, uint32_t first, uint32_t warps) {
+  if (header.grad_scale)
+    update_all<Chain, mix, centralise, true>(header, payload, first, warps);
+  else
+    update_all<Chain, mix, centralise, false>(header, payload, first, warps);
 }
 
 template <class Chain, Mix mix, class... Some>

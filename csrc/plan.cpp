@@ -12,9 +12,11 @@
 namespace fastopt {
 namespace {
 
-constexpr int64_t examine_grain = 200;  // tensors worth a thread of their own
-constexpr size_t far = 32, near = 16;   // how many entries ahead cache lines are asked for: addresses, then contents
-constexpr size_t data_ahead = 2;        // whose elements are asked for before their turn
+// Tensors that are examined by one thread; from twice as many on, every thread gets its share of them, for torch wakes
+// all of its threads or none.
+constexpr int64_t examine_alone = 200, examine_grain = 50;
+constexpr size_t far = 32, near = 16;  // how many entries ahead cache lines are asked for: addresses, then contents
+constexpr size_t data_ahead = 2;       // whose elements are asked for before their turn
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 // What of `sync` is a group's.
@@ -164,7 +166,8 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
   // This touches no Python object's reference count, so it may run on several threads at once.
   std::atomic<bool> intact = true, settled = shared_;
-  parallel(static_cast<int64_t>(entries_.size()), examine_grain, [&](int64_t begin, int64_t end) {
+  const auto count = static_cast<int64_t>(entries_.size());
+  parallel(count, count < 2 * examine_alone ? count : examine_grain, [&](int64_t begin, int64_t end) {
     const auto first = static_cast<size_t>(begin), last = static_cast<size_t>(end);
     if (!check_objects(first, last))
       intact = false;

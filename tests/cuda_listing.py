@@ -21,6 +21,8 @@ MIXES = ("f32", "f64", "bf16", "f16", "bf16_f32", "f16_f32", "any_f32", "any_f64
 BYTES = {"f32": (4, 4), "f64": (8, 8), "bf16": (2, 2), "f16": (2, 2), "bf16_f32": (2, 4), "f16_f32": (2, 4)}
 """Of an element of parameter and gradient, and of a state."""
 ACCESS = 16
+THREADS = 128
+"""Of a block."""
 REGISTERS = 65536
 """Of a multiprocessor, on every architecture since 2014; a warp's are handed out 256 at a time, 8 a thread."""
 
@@ -34,6 +36,7 @@ class Kernel:
     chain: str
     mix: str
     centralised: bool
+    scaled: bool
     tier: int
     registers: int
     stack: int
@@ -42,7 +45,8 @@ class Kernel:
     ptx: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.chain}{', centralised' * self.centralised} ({self.mix}, tier {self.tier}, {self.arch})"
+        how = ", centralised" * self.centralised + ", scaled" * self.scaled
+        return f"{self.chain}{how} ({self.mix}, tier {self.tier}, {self.arch})"
 
     @property
     def dense(self) -> bool:
@@ -51,26 +55,29 @@ class Kernel:
     @property
     def threads(self) -> int:
         """That a multiprocessor can hold at once."""
-        blocks = REGISTERS // (256 * -(-self.registers // 8) * 8)
-        return 256 * min(blocks, 8)
+        blocks = REGISTERS // (THREADS * -(-self.registers // 8) * 8)
+        return THREADS * min(blocks, 2048 // THREADS)
 
+    @property
     def elements(self) -> int:
-        """That a thread takes at once: 16 bytes of the narrowest stream."""
-        return ACCESS // min(BYTES[self.mix])
+        """That a thread takes at once: 16 bytes of the widest stream."""
+        return ACCESS // max(BYTES[self.mix])
 
-    def accesses(self, slots: int) -> tuple[int, int]:
-        """Loads and stores of 16 bytes that one round of the loop takes, without a gradient scale."""
-        of_parameter, of_state = (size * self.elements() // ACCESS for size in BYTES[self.mix])
-        return 2 * of_parameter + slots * of_state, of_parameter + slots * of_state
+    def accesses(self, slots: int) -> tuple[Counter[int], Counter[int]]:
+        """Loads and stores of one round of the loop, how many of how many bytes: one of every stream, and with a loss
+        scale the gradient is stored too."""
+        of_parameter, of_state = (size * self.elements for size in BYTES[self.mix])
+        loads = Counter({of_parameter: 2}) + Counter({of_state: slots})
+        return loads, loads - Counter({of_parameter: 0 if self.scaled else 1})
 
     def in_flight(self, slots: int) -> float:
         """KB of loads that a multiprocessor has under way when every thread waits for its round."""
-        return self.threads * self.accesses(slots)[0] * ACCESS / 1024
+        return self.threads * sum(size * n for size, n in self.accesses(slots)[0].items()) / 1024
 
 
-def _chain(entry: str) -> tuple[str, str, bool, int] | None:
-    """From a mangled name fastopt::update<Chain<stages...>, mix, centralised, tier>; None: another kernel's."""
-    found = re.search(r"updateINS\w*?_5ChainIJ(.*?E)EEELNS_3MixE(\d)ELb([01])ELi(\d)E", entry)
+def _chain(entry: str) -> tuple[str, str, bool, bool, int] | None:
+    """From a mangled name fastopt::update<Chain<stages...>, mix, centralised, scaled, tier>; None: another kernel's."""
+    found = re.search(r"updateINS\w*?_5ChainIJ(.*?E)EEELNS_3MixE(\d)ELb([01])ELb([01])ELi(\d)E", entry)
     if not found:
         return None
     stages, rest = [], found[1]
@@ -78,7 +85,7 @@ def _chain(entry: str) -> tuple[str, str, bool, int] | None:
         end = head.end() + int(head[1])
         stages.append(rest[head.end() : end])
         rest = rest[end + 1 :]  # the E that closes it
-    return "+".join(stages), MIXES[int(found[2])], found[3] == "1", int(found[4])
+    return "+".join(stages), MIXES[int(found[2])], found[3] == "1", found[4] == "1", int(found[5])
 
 
 _RESOURCES = re.compile(
@@ -125,36 +132,41 @@ _MEMORY = re.compile(r"\b(ld|st|atom|red)\.(?!param|const)([\w.:]*).*?\[(%\w+)")
 
 
 def wrong_accesses(kernel: Kernel, slots: int) -> list[str]:
-    """What is repeated must move 16 bytes an access, as many as there are streams. Outside the loops everything runs
-    once a work item, so no ragged element or table is worth a wider access.
+    """What is repeated must move a vector of every stream an access: 16 bytes of the widest. Outside the loops
+    everything runs once a work item, so no table is worth a wider access; and one loop, which stores no vector, takes
+    what is less than a vector at the end of a tensor (that it takes no more than that, running the code tells).
 
     The one exception is a value at an address that no instruction of the loop computes (the gradient scale): it is no
     stream.
     """
-    wrong, hot = [], 0
-    loads, stores = kernel.accesses(slots)
-    write_back = kernel.accesses(0)[1]
+    wrong, hot, ends = [], 0, 0
+    expected = kernel.accesses(slots)
     for loop in loops(kernel.ptx):
-        found: Counter[str] = Counter()
+        found = {"ld": Counter[int](), "st": Counter[int]()}
+        narrow = []
         written = {name for line in loop for name in re.findall(r"^(?:@!?%\w+ )?(?!st)\S+\s+(%\w+)", line)}
         # A generic address is turned into a global one, which changes nothing.
         same = dict(re.findall(r"cvta\.to\.global\.u64\s+(%\w+), (%\w+)", "\n".join(loop)))
         for line in loop:
             if access := _MEMORY.search(line):
                 kind, how, address = access.groups()
-                if re.search(r"v4\.[fbu]32|v2\.[fbu]64", how):
-                    found[kind] += 1
+                if vector := re.search(r"v([24])\.[fbu](32|64)", how):
+                    found[kind][int(vector[1]) * int(vector[2]) // 8] += 1
                 elif kind != "ld" or same.get(address, address) in written:
-                    wrong.append(f"a loop accesses less than 16 bytes at a time: {line}")
+                    narrow.append(f"a loop accesses less than a vector at a time: {line}")
         if found["st"]:
             hot += 1
-            if (found["ld"], found["st"]) != (loads, stores + write_back):
-                wrong.append(
-                    f"a loop loads {found['ld']} and stores {found['st']} vectors, not {loads} and "
-                    f"{stores} + {write_back}"
-                )
+            wrong += narrow
+            if (found["ld"], found["st"]) != expected:
+                wrong.append(f"a loop loads and stores vectors of {found}, not {expected}")
+        elif any("st." in line for line in narrow):
+            ends += 1
+        else:
+            wrong += narrow
     if not hot:
         wrong.append("no loop stores vectors")
+    if ends > hot:
+        wrong.append(f"{ends} loops take less than a vector at a time, beside {hot} that take vectors")
     return wrong
 
 

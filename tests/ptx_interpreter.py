@@ -13,6 +13,7 @@ import math
 import re
 import struct
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -110,27 +111,31 @@ class Memory:
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int, str]] = []
-        self.accesses = 0
+        self.stores: Counter[tuple[str, int]] = Counter()
+        """How many there were, by what was written to and how many bytes at once."""
 
     def allow(self, address: int, size: int, name: str) -> None:
         if size:
             self._ranges = sorted([*self._ranges, (address, address + size, name)])
 
-    def _check(self, address: int, size: int) -> None:
-        self.accesses += 1
+    def _check(self, address: int, size: int) -> str:
         at = bisect_right(self._ranges, (address, 1 << 65, "")) - 1
         if at < 0 or address + size > self._ranges[at][1]:
             raise MemoryError(f"{size} bytes at {address:#x} belong to nothing the kernel was given")
         if address % size:
             raise MemoryError(f"{size} bytes at {address:#x}: misaligned, in {self._ranges[at][2]}")
+        return self._ranges[at][2]
 
     def load(self, address: int, size: int, count: int) -> list[int]:
         self._check(address, size * count)
         data = ctypes.string_at(address, size * count)
         return [int.from_bytes(data[k : k + size], "little") for k in range(0, size * count, size)]
 
+    def prefetch(self, address: int) -> None:
+        self._check(address, 1)
+
     def store(self, address: int, size: int, values: list[int]) -> None:
-        self._check(address, size * len(values))
+        self.stores[self._check(address, size * len(values)), size * len(values)] += 1
         ctypes.memmove(address, b"".join(value.to_bytes(size, "little") for value in values), size * len(values))
 
 
@@ -230,6 +235,9 @@ class _Translator:
             value = f"signed(x[{k}], {8 * size})" if kind[0] == "s" else f"x[{k}]"
             yield self.to(register, value, from_bits=True)
 
+    def op_prefetch(self, how: list[str], address: str) -> str:
+        return f"m.prefetch({self.address(address)})"
+
     def op_st(self, how: list[str], address: str, source: str) -> str:
         size = SIZES[how[-1]]
         parts = ", ".join(f"{self.bits(p.strip())} & {(1 << 8 * size) - 1}" for p in source.strip("{} ").split(","))
@@ -308,6 +316,10 @@ class _Translator:
 
     def op_shr(self, how: list[str], to: str, a: str, b: str) -> str:
         return self.to(to, f"{self.value(a, how[-1])} >> {self.value(b)}")
+
+    def op_bfi(self, how: list[str], to: str, a: str, b: str, at: str, size: str) -> str:
+        mask = (1 << int(size)) - 1 << int(at)
+        return self.to(to, f"{self.value(b)} & ~{mask} | {self.value(a)} << {at} & {mask}")
 
     def op_selp(self, how: list[str], to: str, a: str, b: str, p: str) -> str:
         return self.to(to, f"{self.value(a, how[-1])} if {self.value(p)} else {self.value(b, how[-1])}")
@@ -396,8 +408,8 @@ class Program:
             else:
                 yield from lines
 
-    def run(self, parameters: bytes, warps: int, memory: Memory, block_threads: int = 256) -> None:
-        """Run so many warps, as blocks of 256 threads."""
+    def run(self, parameters: bytes, warps: int, memory: Memory, block_threads: int = 128) -> None:
+        """Run so many warps, in blocks."""
         held = ctypes.create_string_buffer(len(parameters) + 16)
         base = ctypes.addressof(held) + -ctypes.addressof(held) % 16
         ctypes.memmove(base, parameters, len(parameters))

@@ -17,7 +17,7 @@ import cuda_listing
 import pytest
 import torch
 from cuda_listing import MIXES, Kernel
-from ptx_interpreter import Memory, Program
+from ptx_interpreter import LANES, Memory, Program
 from test_cuda_compiled import of
 from torch import Tensor
 
@@ -30,7 +30,7 @@ DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 256
 SLOTS = 4
-HEADER = struct.Struct("<5Q5I2h")
+HEADER = struct.Struct("<5Q2I2H2I2h")
 TENSOR = struct.Struct("<Q4Q2q2Q6b2x")
 ONE_OF_EACH = ("scale+l2+nesterov+sgd", "scale+shrink+adam", "scale+l2+adamax+lookahead", "scale+shrink+nadam")
 
@@ -64,6 +64,20 @@ class Launch:
     scale: float | None = None
     found_inf: float | None = None
     rows_on_device: bool = False
+
+    @property
+    def together(self) -> int:
+        """Elements that eight warps take turns at, a vector for each lane and then another."""
+        return 2 * 8 * LANES * self.kernel.elements if self.kernel.dense else 0
+
+    def items_of(self, numel: int, length: int) -> int:
+        if length > 4096:
+            return numel // length * -(-length // 4096)
+        if length:
+            return -(-(numel // length) // max(1, CHUNK // length))
+        if not self.kernel.dense:
+            return -(-numel // CHUNK)
+        return numel // self.together * 8 + min(8, -(-(numel % self.together) // (LANES * self.kernel.elements)))
 
     @property
     def chain(self) -> Chain:
@@ -100,7 +114,7 @@ class Launch:
         parts = self.parts(number, shape[0], length)
         self.table.append(TENSOR.pack(addresses[0], *slots, numel, length, parts, 0, *codes, *[0] * (6 - len(codes))))
         self.gradients.append(addresses[1] if gradient else 0)
-        self.items += [(number, chunk) for chunk in range(items_of(numel, length))]
+        self.items += [(number, chunk) for chunk in range(self.items_of(numel, length))]
 
     def parts(self, number: int, rows: int, length: int) -> int:
         if length <= 4096:
@@ -133,14 +147,14 @@ class Launch:
             self.address(device_rows, "rows") if self.rows_on_device else 0,
             self.scalar(self.found_inf, "found_inf"),
             self.scalar(self.scale, "grad_scale"),
-            *(len(items), 0, CHUNK, indices_at, rows_at, 7, 0),
+            *(len(items), 0, self.together, CHUNK.bit_length() - 1, indices_at, rows_at, 7, 0),
         )
         return (header + payload).ljust(self.kernel.parameter_bytes, b"\0")
 
     def check(self) -> None:
         if sums := self.sum_items():
             program_of_sums(self.kernel).run(self.bytes_of(sums), len(sums), self.memory)
-        warps = -(-len(self.items) // 8) * 8  # whole blocks: the surplus warps must do nothing
+        warps = -(-len(self.items) // 4) * 4  # whole blocks: the surplus warps must do nothing
         program(self.kernel).run(self.bytes_of(self.items), warps, self.memory)
         for k, (got, want) in enumerate(self.expected):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda text, k=k: f"{k}: {text}")
@@ -152,14 +166,6 @@ class Launch:
             if length > 4096:
                 found += [(number, part) for part in range(numel // length * -(-length // 16384))]
         return found
-
-
-def items_of(numel: int, length: int) -> int:
-    if length > 4096:
-        return numel // length * -(-length // 4096)
-    if length:
-        return -(-(numel // length) // max(1, CHUNK // length))
-    return -(-numel // CHUNK)
 
 
 @cache
@@ -193,9 +199,10 @@ def launch(kernel: Kernel, **settings: float | bool) -> Launch:
     return Launch(kernel, rows=rows_for(chain_of(kernel.chain)), **settings)  # type: ignore[arg-type]
 
 
-def selected(mix: str, centralised: bool = False) -> list[Kernel]:
+def selected(mix: str, centralised: bool = False, scaled: bool = False) -> list[Kernel]:
     """The kernels of sm_90 that are run: every chain in fp32, one of each kind elsewhere."""
-    kernels = [k for k in of(mix, "sm_90") if k.tier == 0 and k.centralised == centralised]
+    tier = int(scaled and not mix.startswith("any_"))
+    kernels = [k for k in of(mix, "sm_90") if (k.tier, k.centralised, k.scaled) == (tier, centralised, scaled)]
     return [k for k in kernels if AOT or centralised or mix == "f32" or k.chain in ONE_OF_EACH]
 
 
@@ -215,9 +222,24 @@ def test_every_chain_equals_the_reference(mix: str) -> None:
         case.check()
 
 
+@pytest.mark.parametrize("mix", [mix for mix in mixes() if not mix.startswith("any_")])
+def test_vectors_as_far_as_they_reach(mix: str) -> None:
+    """Across the warps that take turns, twice; what is less than a vector at the end goes one by one, nothing else."""
+    kernel = next(k for k in selected(mix) if k.chain == "scale+shrink+adam")
+    case = launch(kernel)
+    whole, rest = case.together + 5, kernel.elements - 1
+    case.add((whole * kernel.elements + rest,))
+    case.check()
+    size = case.expected[0][0].element_size()
+    assert {of: n for (name, of), n in case.memory.stores.items() if name == "p0"} == {
+        size * kernel.elements: whole,
+        size: rest,
+    }
+
+
 @every_mix
 def test_gradients_are_unscaled_and_written_back(mix: str) -> None:
-    for kernel in selected(mix)[:3]:
+    for kernel in selected(mix, scaled=True)[:3]:
         case = launch(kernel, scale=3.0)
         case.add((301,))
         case.check()
@@ -225,7 +247,7 @@ def test_gradients_are_unscaled_and_written_back(mix: str) -> None:
 
 @every_mix
 def test_an_overflow_leaves_everything_as_it_was(mix: str) -> None:
-    kernel = selected(mix)[0]
+    kernel = selected(mix, scaled=True)[0]
     case = launch(kernel, scale=3.0, found_inf=1.0)
     case.add((41,))
     case.check()

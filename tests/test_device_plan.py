@@ -160,7 +160,7 @@ def test_centralised_rows_of_every_length(rows: tuple[int, ...], dtype: torch.dt
 def only_the_end() -> Iterator[None]:
     module = native.extension()
     assert module is not None
-    module.emulate_only_last(8)
+    module.emulate_only_last(16)  # two times those whose elements are dealt out together
     yield
     module.emulate_only_last(0)
 

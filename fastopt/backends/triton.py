@@ -546,7 +546,7 @@ class TritonPlan:
             "ALIGNED": aligned,
             "RANK": key.rank,
             "WIDTH": bucket.width,
-            "CHUNK": bucket.tile.chunk,
+            "CHUNK": bucket.chunk,
             "BLOCK": bucket.tile.elements(key),
             "num_warps": bucket.tile.warps,
             **kernels.OPTIONS,
