@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from bench.cases import Measure
 from bench.contenders import NOISE_LABELS, OURS
@@ -15,6 +16,8 @@ from bench.records import Row
 from bench.tables import NONE, Results, bytes_of, number_of, provenance, rate_of, ratio_of, table, time_of
 
 UNMEASURED = "Nothing was measured on a GPU yet."
+Part: TypeAlias = Callable[[Results], str]
+SHARING = {"optimi foreach": "(it changes p.grad, which the steps of a turn share)"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Line:
         same = self.get(self.subject, f"same_work/{rival}")
         rms = self.get(self.subject, f"rms_ulp/{rival}")
         apart = f", {rms.p50:.2g} ulp rms apart" if rms and rms.p50 and self.case.mix != "fp32" else ""
-        return f"yes{apart}" if same and same.p50 == 1.0 else f"{different(self.case, rival)}{apart}"
+        if same and same.p50 == 1.0:
+            return f"yes{apart}"
+        return " ".join(filter(None, (different(self.case, rival), SHARING.get(rival, "")))) + apart
 
     def equal(self) -> str:
         """Whether the two backends ended bit for bit alike."""
@@ -78,11 +83,11 @@ def _is_ours(label: str) -> bool:
     return label.startswith(OURS)
 
 
-def gpu_markdown(rows: Sequence[Row]) -> str:
-    """All tables that the rows can fill, and where the figures come from."""
+def gpu_markdown(rows: Sequence[Row], parts: Sequence[Part] | None = None) -> str:
+    """The tables that the rows can fill, all or these, and where the figures come from."""
     results = Results(rows)
-    parts = [part for part in (build(results) for build in _PARTS) if part]
-    return "\n\n".join([*parts, provenance(results)]) if rows else UNMEASURED
+    texts = [text for text in (build(results) for build in parts or ALL) if text]
+    return "\n\n".join([*texts, provenance(results)]) if rows else UNMEASURED
 
 
 def _lines(results: Results, *tables: str) -> Iterator[Line]:
@@ -229,11 +234,14 @@ def _noise(results: Results) -> str:
     )
 
 
-_PARTS: tuple[Callable[[Results], str], ...] = (
+MAIN: tuple[Part, ...] = (
     _small,
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),
+)
+ALL: tuple[Part, ...] = (
+    *MAIN,
     _raced("Parameter lists of real models, step and the wait for the device", "gpu models"),
     _raced("Against the compiled step of torch, by the device's clock", "gpu compiled"),
     trainings,

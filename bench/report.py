@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import cpu_tables, plots
-from bench.gpu_tables import UNMEASURED, gpu_markdown
+from bench import cpu_tables, plots, tuning
+from bench.gpu_tables import MAIN, UNMEASURED, gpu_markdown
 from bench.records import read
 
+GPU_BLOCKS = ("gpu", "gpu main", "gpu since", "tuning")
 OPENING, CLOSING = "<!-- bench:{name} -->", "<!-- /bench:{name} -->"
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[^>]+?) -->\n.*?<!-- /bench:(?P<end>[^>]+?) -->", re.DOTALL)
 
@@ -18,16 +19,23 @@ def pages(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
-def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list[Path]:
-    """Fill every block of the pages and draw the plots; gives what was written."""
+def bodies(csv: Path, gpu_csv: Path) -> Callable[[str], str]:
+    """What is between the markers of a name; what was tried on a GPU lies beside `gpu_csv`."""
     rows = read(csv)
     gpu_rows = read(gpu_csv) if gpu_csv.exists() else []
+    tried, swept = (tuning.read(gpu_csv.with_name(name)) for name in ("tuning.csv", "sweep.csv"))
+    on_gpu: dict[str, Callable[[], str]] = {
+        "gpu": lambda: gpu_markdown(gpu_rows),
+        "gpu main": lambda: gpu_markdown(gpu_rows, MAIN),
+        "gpu since": lambda: tuning.since(gpu_rows, tried) or UNMEASURED,
+        "tuning": lambda: tuning.tuning_markdown(tried, swept) or UNMEASURED,
+    }
+    return lambda name: on_gpu[name]() if name in on_gpu else cpu_tables.block(name, rows)
 
-    def body(name: str) -> str:
-        if name == "gpu":
-            return gpu_markdown(gpu_rows) if gpu_rows else UNMEASURED
-        return cpu_tables.block(name, rows)
 
+def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list[Path]:
+    """Fill every block of the pages and draw the plots; gives what was written."""
+    body = bodies(csv, gpu_csv)
     written = []
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -36,14 +44,14 @@ def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list
             page.write_text(filled, encoding="utf-8")
             written.append(page)
     for draw, name in ((plots.speedups, "cpu.png"), (plots.curves, "curves.png")):
-        if draw(rows, folder / name):
+        if draw(read(csv), folder / name):
             written.append(folder / name)
     return written
 
 
 def with_blocks(text: str, body: Callable[[str], str], source: str = "the text") -> str:
     """The text with new bodies between its markers, whatever stood there before."""
-    known = ["gpu", *cpu_tables.names()]
+    known = [*GPU_BLOCKS, *cpu_tables.names()]
 
     def fill(found: re.Match[str]) -> str:
         name = found["name"]

@@ -28,7 +28,7 @@ from bench.models import MODELS, scaled
 from bench.peers import ForeachRanger, rectify
 from bench.race import Agreement, Samples, Spread, agreement, order, race
 from bench.records import COLUMNS, ROOT, Environment, Row, append, read
-from bench.report import CLOSING, OPENING, pages, with_blocks, write
+from bench.report import CLOSING, GPU_BLOCKS, OPENING, bodies, pages, with_blocks, write
 from bench.rules import MIXES, RULES
 from bench.streams import STRIPPED
 from bench.sweep.__main__ import SOURCE, nvcc, summary
@@ -276,8 +276,8 @@ def test_the_report_is_idempotent_and_leaves_the_rest_alone(tmp_path: Path) -> N
     [
         ("<!-- bench:cpu -->\n", "page has a marker without its other: 1 begin a block and 0 end one"),
         ("<!-- /bench:cpu -->\n<!-- bench:cpu -->\n", "page has a marker without its other"),
-        ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "must have the same name, one of gpu, cpu"),
-        ("<!-- bench:cpus -->\n<!-- /bench:cpus -->\n", "must have the same name, one of gpu, cpu"),
+        ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "must have the same name, one of gpu, gpu main, "),
+        ("<!-- bench:cpus -->\n<!-- /bench:cpus -->\n", "must have the same name, one of gpu, gpu main, "),
     ],
 )
 def test_markers_that_cannot_be_filled_are_named(text: str, complaint: str) -> None:
@@ -289,17 +289,21 @@ def test_every_block_of_the_pages_can_be_written_and_every_table_has_a_page() ->
     asked: list[str] = []
     for page in pages(ROOT):
         with_blocks(page.read_text(encoding="utf-8"), lambda name: asked.append(name) or "", str(page))
-    assert {*asked} == {"gpu", *cpu_tables.names()}
+    assert {*asked} == {*GPU_BLOCKS, *cpu_tables.names()}
     assert all(cpu_tables.block(name, []) == cpu_tables.UNMEASURED for name in cpu_tables.names())
 
 
 def test_figures_of_the_pages_are_those_of_the_records() -> None:
     """Nobody has edited a table, and no newer record waits for `python -m bench report`."""
-    rows, gpu = read(ROOT / "bench" / "results" / "cpu.csv"), ROOT / "bench" / "results" / "gpu.csv"
-    gpu_body = gpu_markdown(read(gpu)) if gpu.exists() else UNMEASURED
+    body = bodies(*(ROOT / "bench" / "results" / name for name in ("cpu.csv", "gpu.csv")))
     for page in pages(ROOT):
         text = page.read_text(encoding="utf-8")
-        assert with_blocks(text, lambda name: gpu_body if name == "gpu" else cpu_tables.block(name, rows)) == text, page
+        assert with_blocks(text, body) == text, page
+
+
+def test_blocks_of_a_gpu_say_so_where_nothing_was_measured(tmp_path: Path) -> None:
+    body = bodies(ROOT / "bench" / "results" / "cpu.csv", tmp_path / "gpu.csv")
+    assert [body(name) for name in GPU_BLOCKS] == [UNMEASURED] * len(GPU_BLOCKS)
 
 
 def test_different_work_is_marked() -> None:
