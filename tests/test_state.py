@@ -14,9 +14,12 @@ import torch.distributed.checkpoint as dcp
 from cases import CASES, Case, backends, by_id, parametrize
 from harness import assert_same, difference, snapshot, states_in_order
 from test_checkpoints import MIDRUN, SAVED_AFTER, advance, copied, fresh
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fastopt
+from fastopt.plan import missing_state
+from fastopt.rule import Settings
 
 pytestmark = pytest.mark.contract("state")
 
@@ -81,6 +84,19 @@ def test_torch_casts_and_shares_states() -> None:
     assert [ours.state[q][key].dtype for key in ("mu_product", "exp_avg_sq")] == [torch.float32] * 2
     assert theirs.state[p]["exp_avg"] is saved["exp_avg"]
     assert ours.state[q]["exp_avg"] is not saved["exp_avg"]
+
+
+@pytest.mark.parametrize(("step", "product"), [("cpu", "cuda"), ("cuda", "cpu"), (None, "cuda"), ("cpu", "cpu")])
+def test_counters_come_to_where_step_is(step: str | None, product: str) -> None:
+    """torch's loading takes NAdam's mu_product to the parameter's device and leaves `step` where it was."""
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+        state = {"mu_product": torch.ones((), device=product)} | ({"step": torch.ones((), device=step)} if step else {})
+        setting = Settings(fastopt.NAdam.rule, lambda chain: -1).of(fastopt.NAdam([p]).param_groups[0])
+        counters = state | missing_state(setting, p, state)
+    wanted = step or "cpu"
+    assert {key: counters[key].device.type for key in ("step", "mu_product")} == {"step": wanted, "mu_product": wanted}
+    assert {counters[key].dtype for key in ("step", "mu_product")} == {torch.float32}
 
 
 @pytest.mark.contract("state", "layouts", difference="mixed dtypes")

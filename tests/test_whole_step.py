@@ -1,4 +1,5 @@
-"""A step in one call of the compiled plan: when it is taken, when not, and that it counts and updates like any other.
+"""A step in one call of the compiled plan, on the host and on a device: when it is taken, when not, and that it counts
+and updates like any other.
 
 Twins are stepped by the reference backend, which looks everything up anew in every step and knows no shortcut.
 """
@@ -20,9 +21,14 @@ import fastopt
 from fastopt.optimizers.adam import AdamRule
 from fastopt.rule import Hyper, Number, Settings
 
-pytestmark = pytest.mark.skipif(not backends(["native"]), reason="the compiled extension is not there")
-
 SIZES = (33, 1, 0, 64, 5)
+
+
+@pytest.fixture(autouse=True, params=backends(("native", "emulated")))
+def compiled(request: pytest.FixtureRequest) -> str:
+    """On the host and on a device, which is told the same in another way."""
+    Twins.backend = request.param
+    return str(request.param)
 
 
 @pytest.fixture(params=[1, 2])
@@ -43,11 +49,13 @@ def give(params: list[torch.nn.Parameter], t: int, absent: Callable[[int], bool]
 
 
 class Twins:
-    """The same optimizer on equal parameters, native and reference."""
+    """The same optimizer on equal parameters, compiled and reference."""
+
+    backend = "native"
 
     def __init__(self, make: Callable[..., Any], sizes: tuple[int, ...] = SIZES) -> None:
         self.params = [parameters(sizes) for _ in range(2)]
-        pairs = zip(self.params, ("native", "reference"), strict=True)
+        pairs = zip(self.params, (self.backend, "reference"), strict=True)
         self.ours, self.theirs = (make(params, backend) for params, backend in pairs)
         self.t = 0
 
@@ -89,7 +97,7 @@ def test_every_rule_steps_alike(case: Case, threads: int) -> None:
 
 def test_the_second_step_is_one_call() -> None:
     params = parameters()
-    optimizer = fastopt.Adam(params, backend="native")
+    optimizer = fastopt.Adam(params, backend=Twins.backend)
     assert optimizer.engine().whole_step is None
     give(params, 0)
     optimizer.step()
@@ -99,7 +107,7 @@ def test_the_second_step_is_one_call() -> None:
 @pytest.mark.parametrize("where", ["pre", "post", "global pre", "global post"])
 def test_hooks_registered_later_are_called(where: str) -> None:
     params = parameters()
-    optimizer = fastopt.Adam(params, backend="native")
+    optimizer = fastopt.Adam(params, backend=Twins.backend)
     seen: list[int] = []
 
     def hook(*_: Any) -> None:
@@ -124,7 +132,7 @@ def test_hooks_registered_later_are_called(where: str) -> None:
 
 def test_a_loss_scale_given_later_is_honoured() -> None:
     params = parameters((4,))
-    optimizer = fastopt.SGD(params, lr=1.0, backend="native")
+    optimizer = fastopt.SGD(params, lr=1.0, backend=Twins.backend)
     give(params, 0)
     optimizer.step()
     optimizer.step()
@@ -140,7 +148,7 @@ def test_a_loss_scale_given_later_is_honoured() -> None:
 
 def test_profiled_steps_are_recorded() -> None:
     params = parameters()
-    optimizer = fastopt.Adam(params, backend="native")
+    optimizer = fastopt.Adam(params, backend=Twins.backend)
     give(params, 0)
     optimizer.step()
     with torch.profiler.profile() as profile:
@@ -227,7 +235,7 @@ def test_groups_of_one_setting_go_apart_and_together_again() -> None:
 def test_an_edit_that_raises_is_not_forgotten(betas: tuple[Any, ...]) -> None:
     """The step after a failed one must not run with what the group was before."""
     params = parameters()
-    optimizer = fastopt.Adam(params, backend="native")
+    optimizer = fastopt.Adam(params, backend=Twins.backend)
     give(params, 0)
     optimizer.step()
     before = [p.detach().clone() for p in params]
@@ -256,7 +264,7 @@ def test_every_tensor_is_counted_once(threads: int) -> None:
     """Whatever their sizes: a tensor that is cut for the threads, or has no element, or too many to cut evenly."""
     sizes = (0, 100_000, 0, 1, 70_000, *(7 for _ in range(500)), 0)
     params = parameters(sizes)
-    optimizer = fastopt.Adam(params, backend="native")
+    optimizer = fastopt.Adam(params, backend=Twins.backend)
     give(params, 0)
     optimizer.step()
     versions = [p._version for p in params]
