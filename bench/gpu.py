@@ -197,7 +197,7 @@ def _measure_case(bench: Bench, case: GpuCase) -> tuple[list[Measurement], list[
     samples = seated.race(case.clock)
     measured = [*_times(seated, samples), *_ratios(seated, samples), *_agreements(seated, samples.steps)]
     if case.host:
-        hosted = seated.race("host", seconds=0.5, least_rounds=15, steps_per_round=1)
+        hosted = seated.race("host", seconds=0.5, least_rounds=min(15, case.least_rounds), steps_per_round=1)
         measured += [(label, "host_us", hosted.time(label).scaled(1e6)) for label in hosted.seconds]
     return measured, seated.unable
 

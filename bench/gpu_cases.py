@@ -171,7 +171,7 @@ GPU_CASES: tuple[GpuCase, ...] = (
     _fused("AMSGrad", "fp32", 1.25),
     _fused("AMSGrad", ALL_BF16, 1.25),
     *(_rule(kind, "fp32") for kind in UNFUSED),
-    _small(10_000, 64, Goal("time", "≤", 1000), seconds=3.0),
+    _small(10_000, 64, Goal("time", "≤", 1000), seconds=3.0, least_rounds=12),
     _groups(28),
     _rule("Adam", MIXED),
     _model("ResNet-50"),

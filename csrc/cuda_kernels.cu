@@ -17,7 +17,7 @@ constexpr int registers_of() {
   constexpr int vectors = M::V * (2 * size_of(M::p_dtype) + slots * size_of(M::s_dtype)) / 4;
   constexpr int coefficients = Chain::coefficients * sizeof(typename M::T) / 4;
   constexpr bool wide = sizeof(typename M::T) == 8, mixed = M::p_dtype != M::s_dtype;
-  constexpr int room = (wide ? 36 : M::V == 8 ? 20 : 16) + (slots < 3 ? 0 : mixed ? 16 : 8);
+  constexpr int room = (wide ? 36 : M::V == 8 ? 20 : mixed ? 18 : 16) + (slots < 3 ? 0 : mixed ? 14 : 8);
   return (addresses + vectors + coefficients + room + 7) / 8 * 8;
 }
 

@@ -344,14 +344,6 @@ def test_rows_of_tensors_are_the_rows_of_numbers(case: Case) -> None:
         check_tensors(setting, setting, asked)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@parametrize_cases()
-def test_rows_of_tensors_on_a_gpu(case: Case) -> None:
-    setting = setting_of(case)
-    for asked in asked_ways():
-        check_tensors(setting, setting, asked.cuda() if isinstance(asked, Tensor) else asked, "cuda", reach=2)
-
-
 def test_rows_of_tensors_differ_where_the_steps_do() -> None:
     """What the comparison above can see: another step is another row."""
     setting = setting_of(by_id("nadam")[0])
@@ -396,23 +388,3 @@ def test_rows_of_tensors_never_leave_the_device(case: Case) -> None:
         rows, carried = setting.device_rows(t, carry if has_carry(setting) else None, True, asked)
     assert rows
     assert (carried is not None) == has_carry(setting)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@parametrize_cases()
-def test_rows_of_tensors_are_captured_in_a_cuda_graph(case: Case) -> None:
-    settings, group = settings_of(case)
-    lr = torch.tensor(group["lr"], dtype=torch.float64, device="cuda")
-    setting = settings.of(group | {"lr": lr, "capturable": True})
-    t = torch.full((3,), 1.0, dtype=torch.float64, device="cuda")
-    carry = torch.full((3,), 0.5, dtype=torch.float64, device="cuda") if has_carry(setting) else None
-    setting.device_rows(t, carry)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        rows, _ = setting.device_rows(t, carry)
-    t.fill_(12.0)
-    lr.mul_(0.5)
-    graph.replay()
-    for got, want in zip(rows, setting.device_rows(t, carry)[0], strict=True):
-        assert torch.equal(got.active, want.active)
-        assert torch.equal(got.coefficients, want.coefficients)
