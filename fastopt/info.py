@@ -27,7 +27,7 @@ class Info:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
         lines += [f"{device}: {text}" for device, text in self.devices.items()]
         rows = [
-            (device, name, "chosen" if self.chosen[device] == name else "available" if not reason else "no", reason)
+            (device, name, "chosen" if self.chosen.get(device) == name else "available" if not reason else "no", reason)
             for (device, name), reason in self.backends.items()
         ]
         lines += ["", table(("device", "backend", "", "why not, and what to do"), rows, left=4)]
@@ -51,8 +51,11 @@ def info() -> Info:
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         devices["cuda"] = f"{names}, {_cuda_kernels()}"
+    elif torch.version.cuda:
+        devices["cuda"] = f"none that torch can use, though it was built for CUDA {torch.version.cuda}"
     reasons = {(device, name): backends.why_not(name, device) for device in devices for name in backends.NAMES}
-    chosen = {device: backends.choose(device, backends.wish(None)) or "torch" for device in devices}
+    usable = [device for device in devices if device == "cpu" or torch.cuda.is_available()]
+    chosen = {device: backends.choose(device, backends.wish(None)) or "torch" for device in usable}
     return Info(_versions(), devices, reasons, chosen)
 
 
