@@ -83,8 +83,13 @@ Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
 }
 
 size_t DevicePlan::add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters) {
-  const Mix mix = mix_of(entry, aligned, *driver_);
   const bool counted = counters != nullptr;
+  if (!driver_) {
+    if (counted) throw std::invalid_argument("fastopt: counters on a device need its driver");
+    if (buckets_.empty()) buckets_.emplace_back();
+    return added_++;
+  }
+  const Mix mix = mix_of(entry, aligned, *driver_);
   auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&](const Bucket& b) {
     return b.mix == mix && b.slots == entry.slots && b.counted == counted;
   });
@@ -172,7 +177,24 @@ void put(std::vector<char>& host, size_t at, const T* from, size_t count) {
 
 }  // namespace
 
+void DevicePlan::arrange(std::vector<uint32_t> places) {
+  if (driver_ || places.size() != added_)
+    throw std::invalid_argument("fastopt: a place for each tensor, and no driver");
+  where_.clear();
+  for (const uint32_t place : places) {
+    if (place >= added_) throw std::out_of_range("fastopt: a place beyond the last tensor's");
+    where_.push_back({0, place});
+  }
+  buckets_.at(0).gradients.assign(added_, nullptr);
+  buckets_.at(0).rows.assign(added_, no_row);
+}
+
 void DevicePlan::place(const DeviceMemory& memory) {
+  if (!driver_) {
+    std::vector<uint32_t> places(added_);
+    std::iota(places.begin(), places.end(), uint32_t{0});
+    return arrange(std::move(places));
+  }
   int64_t total = 0;
   for (const Bucket& bucket : buckets_)
     for (const DeviceEntry& entry : bucket.entries) total += entry.tensor.n;
@@ -308,6 +330,7 @@ void DevicePlan::set(size_t number, const void* gradient, const DeviceSetting& s
 
 void DevicePlan::launch(void* stream, const float* found_inf, const float* grad_scale) {
   launches_ = 0;
+  if (!driver_) return;
   if (!packed_) pack();
   make_rows(stream, found_inf);
   for (const Part& part : parts_) launch(part, stream, found_inf, grad_scale);
@@ -366,6 +389,25 @@ std::vector<DevicePlan::ChainUse> DevicePlan::uses(const Bucket& bucket) const {
   std::vector<ChainUse> found;
   for (const StepRow& row : rows_)
     if (std::find(found.begin(), found.end(), row.use) == found.end()) found.push_back(row.use);
+  return found;
+}
+
+std::vector<DevicePlan::Taken> DevicePlan::taken() const {
+  const Bucket& bucket = buckets_.at(0);
+  std::vector<Taken> found;
+  std::vector<int32_t> number_of(rows_.size());
+  for (const ChainUse& use : uses(bucket)) {
+    Taken& one = found.emplace_back(Taken{use.chain, use.first_slot, {}, {}, {}});
+    int32_t count = 0;
+    for (size_t k = 0; k < rows_.size(); ++k) {
+      const Row& row = *rows_[k].row;
+      number_of[k] = rows_[k].use == use ? count++ : -1;
+      if (number_of[k] < 0) continue;
+      one.f32.insert(one.f32.end(), row.f32, row.f32 + row.count);
+      one.f64.insert(one.f64.end(), row.f64, row.f64 + row.count);
+    }
+    for (const uint32_t row : bucket.rows) one.numbers.push_back(row == no_row ? -1 : number_of[row]);
+  }
   return found;
 }
 

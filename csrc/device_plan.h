@@ -4,7 +4,8 @@
 // gradient and coefficient row; they are packed into kernel parameters, one launch for each bucket and chain while they
 // fit. A step like the last one (the same tensors take part, those that shared a row share one) is packed already: only
 // gradients and rows are new. Host code only, of no device in particular: the driver runs the kernels, and memory comes
-// from the `Memory` it is given.
+// from the `Memory` it is given. Without a driver there are no tables and no launches: somebody else has both, and
+// takes from `taken` what a step gives each tensor.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ class DevicePlan {
  public:
   static constexpr uint32_t no_row = ~uint32_t{0};
 
-  DevicePlan(const DeviceDriver& driver, int device) : driver_(&driver), device_(device) {}
+  DevicePlan(const DeviceDriver* driver, int device) : driver_(driver), device_(device) {}
 
   int device() const { return device_; }
   // Returns the number by which the tensor is known in `set`. `counters`: those on the device, null if they are not.
@@ -62,6 +63,20 @@ class DevicePlan {
   bool renewed() const;
 
   void launch(void* stream, const float* found_inf, const float* grad_scale);
+
+  // Without a driver: the places of tensors in what `taken` gives, by the number of `add`; no two the same.
+  void arrange(std::vector<uint32_t> places);
+  // What a step gives to tensors that take one chain, by place: the gradients (of all tensors), a row's number or -1,
+  // and the rows.
+  struct Taken {
+    int16_t chain;
+    int8_t first_slot;
+    std::vector<int32_t> numbers;
+    std::vector<float> f32;
+    std::vector<double> f64;
+  };
+  const std::vector<const void*>& gradients() const { return buckets_.at(0).gradients; }
+  std::vector<Taken> taken() const;
 
   // For tests and `explain`: how many kernels the last step launched.
   int launches() const { return launches_; }

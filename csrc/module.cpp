@@ -72,10 +72,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_emulator", [] { return fastopt::emulator() != nullptr; });
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init([](py::object hyper, py::object counters, py::object ignored, py::object intern, py::object memory,
-                       bool emulate) {
+                       const std::string& kernels) {
+        const auto whose = kernels == "emulated"   ? Plan::Devices::emulated
+                           : kernels == "external" ? Plan::Devices::external
+                                                   : Plan::Devices::cuda;
         return translated([&] {
-          return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr(), memory.ptr(),
-                                        emulate);
+          return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr(), memory.ptr(), whose);
         });
       }))
       .def("build",
@@ -96,6 +98,20 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("optimizer"), py::arg("streams") = std::vector<uintptr_t>())
       .def("devices", &Plan::devices)
+      .def("arrange", [](Plan& plan, size_t device,
+                         std::vector<uint32_t> places) { plan.external(device).arrange(std::move(places)); })
+      .def("taken",
+           [](Plan& plan, size_t device) {
+             const auto bytes = [](const auto& list) {
+               return py::bytes(reinterpret_cast<const char*>(list.data()), list.size() * sizeof list[0]);
+             };
+             const fastopt::DevicePlan& found = plan.external(device);
+             py::list taken;
+             for (const auto& one : found.taken())
+               taken.append(
+                   py::make_tuple(one.chain, one.first_slot, bytes(one.numbers), bytes(one.f32), bytes(one.f64)));
+             return py::make_tuple(bytes(found.gradients()), taken);
+           })
       .def("device_launches", &Plan::device_launches)
       .def("launch", [](Plan& plan, const std::vector<std::array<uintptr_t, 3>>& steps) {
         std::vector<Plan::DeviceStep> with;

@@ -26,14 +26,14 @@ PyObject* asked(PyObject* sync, size_t group) {
 
 }  // namespace
 
-Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, bool emulate)
+Plan::Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, Devices kernels)
     : hyper_(sequence(hyper)),
       counter_keys_(sequence(counters)),
       ignored_(sequence(ignored)),
       intern_(intern),
       settings_(Ref::steal(PyDict_New())),
       memory_(memory),
-      emulate_(emulate) {
+      kernels_(kernels) {
   instruction_set();  // a wish that cannot be met is refused here, before any step
   if (counter_keys_.size() > 2) throw std::invalid_argument("fastopt: at most two counters per parameter");
 }
@@ -381,6 +381,11 @@ std::vector<int> Plan::devices() const {
   std::vector<int> indices;
   for (const DevicePlan& device : devices_) indices.push_back(device.device());
   return indices;
+}
+
+DevicePlan& Plan::external(size_t device) {
+  if (kernels_ != Devices::external) throw std::logic_error("fastopt: this plan's kernels are its own");
+  return devices_.at(device);
 }
 
 int Plan::device_launches() const {

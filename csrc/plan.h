@@ -26,8 +26,13 @@ class Plan {
  public:
   // hyper: the group keys that make a setting. counters: the state keys of 0-dim counters, "step" first. ignored: group
   // keys that change every step and mean nothing here. intern: the Python callable group -> setting.
-  // memory: the Python object that allocates device memory. emulate: run the device kernels on CPU tensors.
-  Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, bool emulate);
+  // memory: the Python object that allocates device memory.
+  enum class Devices {
+    cuda,
+    emulated,
+    external
+  };  // CUDA's kernels; the same on CPU tensors; somebody else's, on either
+  Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, Devices kernels);
 
   // Per group a sequence over its parameters: whether the kernels take it, over how many leading slices its gradient is
   // centralised (0: not), and whether its state is fresh.
@@ -49,6 +54,8 @@ class Plan {
   bool step(PyObject* optimizer, const std::vector<DeviceStep>& steps);
   // How many kernels the last launch() started on devices.
   int device_launches() const;
+  // Of external kernels: what gather() found for the tensors of one of devices(); see DevicePlan.
+  DevicePlan& external(size_t device);
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
@@ -194,7 +201,7 @@ class Plan {
   bool built_ = false;
   bool running_ = false;
   Ref memory_;
-  bool emulate_;
+  Devices kernels_;
   std::vector<DevicePlan> devices_;
   std::vector<Ref> blobs_;                    // device memory of devices_
   std::unordered_set<PyObject*> misaligned_;  // parameters met with a misaligned gradient: only a hint

@@ -112,7 +112,7 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
     entry.has_state = true;
   else
     entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
-                      build_counters(entry, own, emulate_ && group.counts_on_device);
+                      build_counters(entry, own, kernels_ == Devices::emulated && group.counts_on_device);
   if (!entry.has_state) {
     entry.slot_count = entry.counter_count = 0;
     tracked_.resize(entry.first + 1);
@@ -120,7 +120,7 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
   entry.counted = entry.counted && entry.has_state;
   lay_out(entry);
   entry.device = -1;
-  if (impl->device().is_cuda() || emulate_) plan_device(entry);
+  if (impl->device().is_cuda() || kernels_ != Devices::cuda) plan_device(entry);
 }
 
 // Enters a parameter into the tables of its device, with the gradient it has now: one of another kind later on, and
@@ -143,7 +143,8 @@ void Plan::plan_device(Entry& entry) {
   tensor.row_length = entry.rows > 0 ? entry.n / entry.rows : 0;
   tensor.p_dtype = memory->dtype;
   tensor.g_dtype = entry.g_dtype;
-  entry.aligned = is_aligned(tensor.p) && !misaligned_.count(entry.param.get());
+  // Whoever has the kernels looks at every step's addresses.
+  entry.aligned = kernels_ != Devices::external && is_aligned(tensor.p) && !misaligned_.count(entry.param.get());
   for (int k = 0; k < entry.slot_count; ++k) {
     tensor.s[k] = memory[1 + k].data;
     tensor.s_dtype[k] = memory[1 + k].dtype;
@@ -152,13 +153,16 @@ void Plan::plan_device(Entry& entry) {
   planned.layout = entry.layout.get();
   planned.slots = entry.slot_count;
 
-  const int index = emulate_ ? 0 : p->device().index();
+  const int index = p->device().is_cuda() ? p->device().index() : 0;
   size_t k = 0;
   while (k < devices_.size() && devices_[k].device() != index) ++k;
   if (k == devices_.size()) {
-    const DeviceDriver* driver = emulate_ ? emulator() : cuda_driver();
-    if (!driver) throw std::invalid_argument("fastopt: this extension was built without the device's kernels");
-    devices_.emplace_back(*driver, index);
+    const DeviceDriver* driver = kernels_ == Devices::emulated ? emulator()
+                                 : kernels_ == Devices::cuda   ? cuda_driver()
+                                                               : nullptr;
+    if (!driver && kernels_ != Devices::external)
+      throw std::invalid_argument("fastopt: this extension was built without the device's kernels");
+    devices_.emplace_back(driver, index);
   }
   entry.device = static_cast<int8_t>(k);
   DeviceCounters counters{};

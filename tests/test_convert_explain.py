@@ -254,6 +254,15 @@ def test_info_names_versions_and_backends_or_reasons() -> None:
         assert reason in text
 
 
+def test_info_says_why_a_torch_built_for_cuda_has_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    info = fastopt.info()
+    assert "none that torch can use" in str(info)
+    assert info.backends["cuda", "native"]
+    assert "cuda" not in info.chosen
+
+
 def test_info_from_the_command_line() -> None:
     root = pathlib.Path(fastopt.__file__).resolve().parents[1]
     result = subprocess.run(

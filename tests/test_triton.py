@@ -42,13 +42,19 @@ INTERPRETED = {
 }
 
 
+COMPILED = "" if backends.available("native") else "the compiled extension is not there"
+
+
 @pytest.mark.contract("numbers", backend="triton")
 @needs_triton
+@pytest.mark.parametrize(
+    "plan", ["python", pytest.param("compiled", marks=pytest.mark.skipif(bool(COMPILED), reason=COMPILED))]
+)
 @pytest.mark.parametrize("part", INTERPRETED.values(), ids=INTERPRETED)
-def test_interpreted(part: tuple[str, ...]) -> None:
+def test_interpreted(part: tuple[str, ...], plan: str) -> None:
     """Triton decides on its interpreter when it is imported, so these run in processes of their own."""
     options = ("-q", "-n", "0", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-W", "ignore::RuntimeWarning")
-    result = run("-m", "pytest", *options, *part, FASTOPT_TEST_BACKENDS="triton")
+    result = run("-m", "pytest", *options, *part, FASTOPT_TEST_BACKENDS="triton", FASTOPT_TEST_PLAN=plan)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout.splitlines()[-1], result.stdout[-2000:]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from fastopt.backends.amp import Amp
 from fastopt.chain import Chain
 
+Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
+"""Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""
 _REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps fastopt` (or `make build`)"
 
 
@@ -189,11 +191,14 @@ class Plan:
         return stream, *amp.addresses(self._memory.name(device))
 
 
-def make_plan(
-    hyper: tuple[str, ...], counters: tuple[str, ...], ignored: tuple[str, ...], intern: Any, emulate: bool = False
-) -> Plan:
+def make_core(names: Names, intern: Any, memory: DeviceMemory | None, kernels: str) -> Any:
+    """The compiled Plan. `kernels`: whose run on a device: "cuda", "emulated", or "external", somebody else's."""
     module = extension()
     assert module is not None, why_not()
+    return module.Plan(*names, intern, memory, kernels)
+
+
+def make_plan(names: Names, intern: Any, emulate: bool = False) -> Plan:
     memory = DeviceMemory(emulate)
-    core = module.Plan(hyper, counters, ignored, intern, memory, emulate)
+    core = make_core(names, intern, memory, "emulated" if emulate else "cuda")
     return Plan(core, memory)

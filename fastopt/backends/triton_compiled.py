@@ -1,0 +1,162 @@
+"""The Triton backend where the extension was built, if only for the CPU: the compiled plan does the host's work.
+
+The tables and the kernels are TritonPlan's. What that does tensor by tensor in Python, comparing everything with the
+tables, reading gradients, counting, is here the compiled plan's, which takes a twentieth of the time; a step then hands
+over one block for each device. Where steps are counted on the device, TritonPlan does it all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt import routing
+from fastopt.backends import native
+from fastopt.backends.amp import NONE, Amp
+from fastopt.backends.triton import (
+    Addressed,
+    Groups,
+    State,
+    TritonPlan,
+    _Block,
+    _current,
+    _refuse_shared_memory,
+    _Scaler,
+)
+from fastopt.backends.triton_tables import Bucket, Channel, Tile
+from fastopt.chain import Chain
+from fastopt.rule import Setting, chain_named
+
+ENABLED = True
+"""For tests of the plan that needs no extension."""
+
+
+@cache
+def _chain(index: int) -> Chain:
+    module = native.extension()
+    assert module is not None
+    return chain_named(module.chain_names()[index])
+
+
+class CompiledPlan(TritonPlan):
+    def __init__(
+        self, setting_of: Callable[[Mapping[str, Any]], Setting], names: native.Names, tile: Tile | None = None
+    ) -> None:
+        super().__init__(setting_of, tile)
+        self._core = native.make_core(names, setting_of, None, "external")
+        self._serves = False
+        """Whether the compiled plan takes the steps of the tables that were built last."""
+
+    def build(
+        self,
+        groups: Groups,
+        state: State,
+        takes: Sequence[Sequence[bool]],
+        rows: Sequence[Sequence[int]],
+        fresh: Sequence[Sequence[bool]],
+    ) -> None:
+        super().build(groups, state, takes, rows, fresh)
+        self._serves = not any(segment.on_device for segments in self._segments for segment in segments)
+        if not self._serves:
+            return
+        self._core.build(groups, state, takes, rows, fresh)
+        taken = [p for group, own in zip(groups, takes, strict=True) for p, yes in _pairs(group, own) if yes]
+        self._on = list(dict.fromkeys(routing.within(p).device for p in taken))
+        """In the order in which the compiled plan met them."""
+        for k, device in enumerate(self._on):
+            entries = (entry for bucket in self._of(device) for entry in bucket.entries)
+            places = {id(entry.owner): place for place, entry in enumerate(entries)}
+            own = [p for p in taken if routing.within(p).device == device]
+            waiting = iter(range(len(places), len(own)))  # without state: behind the others
+            self._core.arrange(k, [places[id(p)] if id(p) in places else next(waiting) for p in own])
+
+    def _of(self, device: torch.device) -> list[Bucket]:
+        return [bucket for bucket in self._buckets if bucket.key.device == device]
+
+    def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
+        if not self._serves:
+            return super().gather(groups, state, sync)
+        return bool(self._core.gather(groups, state, sync))
+
+    @torch.no_grad()
+    def launch(self, amp: Amp = NONE) -> None:
+        if not self._serves:
+            return super().launch(amp)
+        self.launches = 0
+        scaled = self._scaled() if amp.scale is not None else []
+        for k, device in enumerate(self._on):
+            with _current(device):
+                gradients, taken = self._core.taken(k)
+                self._run_taken(device, gradients, taken, _Scaler(amp, device))
+        self._core.launch([(0, 0, 0)] * len(self._on))
+        torch.autograd.graph.increment_version(scaled)
+        return None
+
+    def _scaled(self) -> list[Tensor]:
+        """The gradients, which the kernels divide and write back."""
+        grads = [entry.owner.grad for entry in self._entries if entry.owner.grad is not None]
+        _refuse_shared_memory([routing.within(grad) for grad in grads])
+        return grads
+
+    def _run_taken(
+        self,
+        device: torch.device,
+        gradients: bytes,
+        taken: list[tuple[int, int, bytes, bytes, bytes]],
+        scaler: _Scaler,
+    ) -> None:
+        """Send what a step gives to the tensors of a device, and start the kernels of every bucket."""
+        block = _Block()
+        grads_at = block.add(gradients)
+        parts = [
+            (_chain(chain), first_slot, numbers, block.add(f32), block.add(f64))
+            for chain, first_slot, numbers, f32, f64 in taken
+        ]
+        launches, begin = [], 0
+        for bucket in self._of(device):
+            end = begin + len(bucket.entries)
+            for chain, first_slot, numbers, f32_at, f64_at in parts:
+                for aligned, own in _by_alignment(bucket, gradients[8 * begin : 8 * end], numbers[4 * begin : 4 * end]):
+                    values_at = f64_at if bucket.key.compute == torch.float64 else f32_at
+                    launches.append((bucket, chain, first_slot, aligned, begin, block.add(own), values_at))
+            begin = end
+        sent = self._send(device, block)
+        for bucket, chain, first_slot, aligned, begin, numbers_at, values_at in launches:
+            bucket.lend()
+            grads, rows = Addressed(sent.long, grads_at // 8 + begin), Addressed(sent.int, numbers_at // 4)
+            wide = bucket.key.compute == torch.float64
+            values = Addressed(sent.float64, values_at // 8) if wide else Addressed(sent.float32, values_at // 4)
+            self._start(bucket, chain, first_slot, aligned, grads, rows, values, scaler)
+
+    def _send(self, device: torch.device, block: _Block) -> Any:
+        channel = self._channels.get(device)
+        if channel is None:
+            channel = self._channels[device] = Channel(device)
+        return channel.send(b"".join(block.parts))
+
+
+def _by_alignment(bucket: Bucket, gradients: bytes, numbers: bytes) -> Iterator[tuple[bool, bytes]]:
+    """The rows' numbers of one chain, and apart from the others those of tensors with misaligned gradients."""
+    if not numbers.strip(b"\xff"):  # -1 is nobody's number
+        return
+    if not bucket.key.aligned:
+        yield False, numbers
+        return
+    rows = torch.frombuffer(bytearray(numbers), dtype=torch.int32)
+    astray = (torch.frombuffer(bytearray(gradients), dtype=torch.int64) & 15 != 0) & (rows >= 0)
+    if not astray.any():
+        yield True, numbers
+        return
+    for aligned in (True, False):
+        own = rows.masked_fill(astray == aligned, -1)
+        if (own >= 0).any():
+            yield aligned, ctypes.string_at(own.data_ptr(), own.nbytes)
+
+
+def _pairs(group: Mapping[str, Any], takes: Sequence[bool]) -> Iterator[tuple[Tensor, bool]]:
+    return zip(group["params"], takes, strict=True)
