@@ -57,7 +57,7 @@ struct alignas(4 * words) Access {
   uint32_t word[words];
 };
 
-// Without cache hints: an H200 is slower with them (docs/benchmarks.md).
+// Without cache hints: an H200 is slower with them (docs/performance.md).
 template <int words>
 FASTOPT_HD Access<words> read(const void* from) {
   static_assert(words == 2 || words == 4);

@@ -17,8 +17,9 @@ namespace {
 constexpr int least_row_bits = 8, most_row_bits = 11;
 constexpr int64_t enough_items = 8192;
 
-// Vectors of every stream that a lane gets where items are dealt out. On an H200, steps of twelve rules and mixes take
-// as long with one, give or take 2 %, and longer with four (1 to 2 %) and with eight (3 to 4 %).
+// Vectors of every stream that a lane gets where items are dealt out. Of twelve rules and mixes on an H200, eight take
+// the least time with two; one vector takes -1 to +4 % more, four -1 to +2 %, eight +2 to +4 %
+// (bench/results/tuning.csv).
 constexpr int vectors = 2;
 
 // The elements that a warp of a mix takes at once.
@@ -267,6 +268,7 @@ void DevicePlan::place(const DeviceMemory& memory) {
 void DevicePlan::begin_step() {
   settings_.clear();
   rows_.clear();
+  row_numbers_.clear();
   ++step_;
   packed_ = false;
   std::fill(codes_.begin(), codes_.end(), uint16_t{absent});
@@ -285,16 +287,15 @@ void DevicePlan::use(Bucket& bucket, int16_t chain, int first_slot) {
 }
 
 uint32_t DevicePlan::set(size_t number, const void* gradient, const Row& row) {
-  // A row may be another device's too, whose numbers are its own.
-  if (row.used != step_ || row.number >= rows_.size() || rows_[row.number].row != &row) {
-    row.used = step_;
-    row.number = static_cast<uint32_t>(rows_.size());
-    rows_.push_back({&row, {row.chain, row.first_slot}, step_});
+  if (rows_.empty() || rows_[last_row_].row != &row) {  // most often it is that of the tensor before
+    const auto [known, is_new] = row_numbers_.try_emplace(&row, static_cast<uint32_t>(rows_.size()));
+    if (is_new) rows_.push_back({&row, {row.chain, row.first_slot}, step_});
+    last_row_ = known->second;
   }
   const auto [b, position] = where_[number];
   buckets_[b].gradients[position] = gradient;
-  buckets_[b].rows[position] = row.number;
-  return row.number;
+  buckets_[b].rows[position] = last_row_;
+  return last_row_;
 }
 
 bool DevicePlan::renew_row(uint32_t row_number, const Row& row) {

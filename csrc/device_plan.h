@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <unordered_map>
 #include <vector>
 
 #include "cpu_driver.h"
@@ -141,8 +142,10 @@ class DevicePlan {
   int row_bits_ = 0;
   size_t added_ = 0;
   std::vector<Bucket> buckets_;
-  std::vector<std::pair<uint32_t, uint32_t>> where_;  // bucket and position, by number
-  std::vector<StepRow> rows_;                         // of this step, by number
+  std::vector<std::pair<uint32_t, uint32_t>> where_;      // bucket and position, by number
+  std::vector<StepRow> rows_;                             // of this step, by number
+  std::unordered_map<const Row*, uint32_t> row_numbers_;  // in rows_
+  uint32_t last_row_ = 0;                                 // that was set
   uint64_t step_ = 0;
   std::vector<uint16_t> number_of_;  // those rows' numbers in the launch being packed
   std::vector<Part> parts_;

@@ -20,8 +20,6 @@ struct Row {
   int8_t first_slot;
   int8_t slots;
   int8_t count;
-  mutable uint32_t number;    // among the rows of a device's step
-  mutable uint64_t used = 0;  // by which step of which device
 };
 
 struct RowKey {
@@ -31,7 +29,7 @@ struct RowKey {
   double carry;  // the second counter's value
   bool single;   // the second counter is float32, and its next value is rounded to it
   bool sync;
-  uint64_t lr = settings_own;  // else the bits of what it is now
+  uint64_t lr = settings_own;  // else the bits of what it is now; of a setting with tensors, when it was looked at
   bool operator==(const RowKey& other) const {
     return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
            sync == other.sync && lr == other.lr;

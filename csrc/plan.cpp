@@ -156,6 +156,7 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
+  ++looks_;
   for (size_t i = 0; i < groups_.size(); ++i)
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   if (!check_state(state)) return Verdict::rebuild;
@@ -436,7 +437,7 @@ void Plan::launch(const std::vector<DeviceStep>& steps) {
   if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
   if (std::any_of(steps.begin(), steps.end(), [](const DeviceStep& step) { return step.grad_scale; }))
     check_unscaling();
-  // The devices first: they work while the host counts.
+  // The devices first: they work while the host counts. (If a launch fails, none of this step was counted.)
   for (size_t k = 0; k < devices_.size(); ++k)
     devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);
   if (shares_.elements() < release_above) return run(true, true);

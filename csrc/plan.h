@@ -106,6 +106,7 @@ class Plan {
     Ref on_device;                  // what row_setting was read from, and holds the tensors it points to
     RowSetting row_setting;
     bool quick = false;      // rows can be made from row_setting here
+    bool symbolic = false;   // hyper-parameters are tensors on a device: the same setting is another row every time
     bool moved = false;      // the learning rate in row_setting is the group's, and no longer its setting's
     int slots = 0;           // how many states a parameter has
     size_t lr_at = 0;        // where the learning rate is in items; 0: there is none
@@ -180,6 +181,7 @@ class Plan {
   void commit(Entry& entry, const Found& found);
   void run(bool counts, bool updates);
   const Row* row_for(Group& group, RowKey key);
+  void read_symbolic(Group& group) const;
   void trim();
 
   std::vector<Ref> hyper_, counter_keys_, ignored_;
@@ -189,6 +191,7 @@ class Plan {
   std::vector<Entry> entries_;
   std::vector<Tracked> tracked_;  // kept alive by entries_, inner_ and wrapped_
   uint64_t state_version_ = 0;
+  uint64_t looks_ = 0;         // how often gather() has looked
   std::vector<Ref> outer_;     // parameter, state, ... as PyDict_Next yields them from optimizer.state
   std::vector<Ref> inner_;     // key, tensor, ... of every state the kernels use
   std::vector<State> states_;  // those states, in the same order

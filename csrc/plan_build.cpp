@@ -206,6 +206,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
     record_group(group, dicts[i].get());
     group.params = Ref(PyDict_GetItem(dicts[i].get(), names().params));
     group.setting = setting_of(dicts[i].get(), &group.immutable);
+    read_symbolic(group);
     group.layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
     group.counts_on_device =
         Ref::steal(PyObject_GetAttr(group.setting.get(), names().counts_on_device)).get() == Py_True;

@@ -64,6 +64,11 @@ void Plan::take_setting(Group& group) {
   group.last_row = nullptr;
   group.on_device = {};
   group.quick = group.moved = false;
+  read_symbolic(group);
+}
+
+void Plan::read_symbolic(Group& group) const {
+  group.symbolic = Ref::steal(PyObject_GetAttr(group.setting.get(), names().symbolic)).get() == Py_True;
 }
 
 // Whether the parameters of a group are in a list of the length it had; which they are is for check_objects to see.

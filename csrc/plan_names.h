@@ -7,8 +7,9 @@ namespace fastopt {
 
 struct Names {
   PyObject *params = interned("params"), *layout = interned("layout"), *slots = interned("slots"),
-           *on_device = interned("on_device"), *counts_on_device = interned("counts_on_device"),
-           *param_groups = interned("param_groups"), *state = interned("state");
+           *on_device = interned("on_device"), *symbolic = interned("symbolic"),
+           *counts_on_device = interned("counts_on_device"), *param_groups = interned("param_groups"),
+           *state = interned("state");
   // What an optimizer has in its __dict__ when a step is more than the plan's work: somebody to call, or something to
   // divide gradients by.
   PyObject* called[2] = {interned("_optimizer_step_pre_hooks"), interned("_optimizer_step_post_hooks")};

@@ -100,7 +100,8 @@ bool Plan::make_row(Group& group, const RowKey& key, Row& row) const {
 }
 
 const Row* Plan::row_for(Group& group, RowKey key) {
-  key.lr = RowKey::settings_own;
+  const uint64_t own = group.symbolic ? looks_ : RowKey::settings_own;
+  key.lr = own;
   if (group.moved) std::memcpy(&key.lr, &group.row_setting.hyper[0].value, sizeof key.lr);
   if (group.last_row && group.last_key == key) return group.last_row;
   const Row* row = memo_.find(key);
@@ -110,7 +111,7 @@ const Row* Plan::row_for(Group& group, RowKey key) {
     if (!make_row(group, key, fresh)) {
       if (group.moved) take_setting(group);  // Python knows learning rates by their setting
       key.setting = group.setting.get();
-      key.lr = RowKey::settings_own;
+      key.lr = own;
       compute_row(key, fresh);  // may raise, and then leaves nothing behind
     }
     Row& kept = memo_.insert(key);

@@ -209,7 +209,9 @@ class Setting:
         self.chain = self._chain(False, False)
         order = (*self.chain.state, *(("slow",) if rule.slow else ()))
         self.slots: tuple[str, ...] = tuple(self.named_slots[name].key for name in order)
-        self.layout = _shared(("layout", self.slots, *rule.structure(h)))
+        # Without counters, tensors decide where the rows are made.
+        where = () if rule.counters else (self.symbolic,)
+        self.layout = _shared(("layout", self.slots, *rule.structure(h), *where))
 
     def _chain(self, waits: bool, synchronised: bool) -> Chain:
         """One object for each sequence of stages, so that chains can be told apart by identity."""

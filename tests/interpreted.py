@@ -6,6 +6,8 @@ triton_interpreter.py). The other side is the reference backend, which test_numb
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import triton_interpreter  # before anything imports Triton
@@ -17,7 +19,8 @@ from cases import CASES, DTYPES, Case, by_id
 from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signature_has, snapshot, trace
 
 import fastopt
-from fastopt.backends import triton
+from fastopt import rule
+from fastopt.backends import triton, triton_tables
 
 pytestmark = pytest.mark.contract("numbers", backend="triton")
 
@@ -288,3 +291,43 @@ def test_what_is_written_is_known_to_autograd() -> None:
     after = {k: v._version for k, v in (*state.items(), ("p", p), ("g", p.grad), ("idle", idle))}
     changed = {k for k in before if after[k] > before[k]}
     assert changed - {"step"} == {"p", "exp_avg", "exp_avg_sq"}  # counters: as the plan at work has it
+
+
+@pytest.mark.contract("device", backend="triton")
+def test_a_learning_rate_that_comes_to_be_a_tensor_is_read_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "stays", lambda tensor, group: True)
+    p, lr = torch.nn.Parameter(torch.zeros(4)), torch.tensor(1.0)
+    optimizer = fastopt.SGD([p], lr=1.0, fused=True, backend="triton")
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = lr
+    for rate in (1.0, 0.5, 0.25):
+        lr.fill_(rate)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(before - p, torch.full((4,), rate))
+
+
+@pytest.mark.contract("device", backend="triton")
+def test_tables_of_a_captured_step_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed graph reads them, whatever the plan has been built for since."""
+    capturing, send = [False], triton_tables.Channel.send
+
+    def recorded(self: triton_tables.Channel, block: bytes) -> triton_tables.Sent:
+        sent = send(self, block)
+        self.capturing = capturing[0]
+        return sent
+
+    monkeypatch.setattr(triton_tables.Channel, "send", recorded)
+    p, q = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
+    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.9, backend="triton")
+    p.grad, q.grad = torch.ones(8), torch.ones(8)
+    for capturing[0] in (False, False, True, False):
+        optimizer.step()
+    plan: Any = optimizer.engine()._plans["triton"]
+    table = weakref.ref(plan._buckets[0].table)
+    optimizer.add_param_group({"params": [q]})
+    optimizer.step()
+    gc.collect()
+    assert plan._buckets[0].table is not table()
+    assert table() is not None

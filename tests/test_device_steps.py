@@ -96,6 +96,23 @@ def test_a_learning_rate_tensor_is_read_by_the_kernel(
         assert not difference(ps[0].detach(), qs[0].detach())
 
 
+@pytest.mark.parametrize("backend", EMULATED)
+@pytest.mark.parametrize("late", [False, True], ids=["from the beginning", "later"])
+def test_a_rule_that_counts_nothing_reads_it_too(backend: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is made on the device for it, and none may be remembered: the same tensor is another number every time."""
+    monkeypatch.setattr(rule, "stays", lambda tensor, group: True)
+    p, lr = torch.nn.Parameter(torch.zeros(4)), torch.tensor(1.0)
+    optimizer = fastopt.SGD([p], lr=1.0 if late else lr, fused=True, backend=backend)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = lr
+    for rate in (1.0, 0.5, 0.25, 0.5):
+        lr.fill_(rate)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(before - p, torch.full((4,), rate))
+
+
 class Scaler:
     """What torch's GradScaler leaves on an optimizer that takes scaled gradients."""
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastopt import routing
 from fastopt.backends import triton_kernels as kernels
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton_tables import Bucket, Channel, Entry, Key, Tile, classify
+from fastopt.backends.triton_tables import Bucket, Channel, Entry, Key, Sent, Tile, classify
 from fastopt.chain import Chain
 from fastopt.rule import FLAGS, PULL, DeviceRow, Row, Setting
 
@@ -478,15 +478,20 @@ class TritonPlan:
         torch.autograd.graph.increment_version(self._written)
         self._work, self._updates, self._written, self._grads = [], [], [], []
 
-    def _run(self, device: torch.device, works: list[Work], scaler: _Scaler) -> None:
+    def _send(self, device: torch.device, block: _Block) -> Sent:
+        """The block of a step on its device. What a graph that is being captured reads is kept."""
         channel = self._channels.get(device)
         if channel is None:
             channel = self._channels[device] = Channel(device)
-        block = _Block()
-        places = [_place(block, work) for work in works]
         sent = channel.send(b"".join(block.parts))
         if channel.capturing and (not self._captured or self._captured[-1] is not self._buckets):
             self._captured.append(self._buckets)
+        return sent
+
+    def _run(self, device: torch.device, works: list[Work], scaler: _Scaler) -> None:
+        block = _Block()
+        places = [_place(block, work) for work in works]
+        sent = self._send(device, block)
         for work, (grads_at, launches) in zip(works, places, strict=True):
             work.bucket.lend()
             grads = Addressed(sent.long, grads_at // 8)

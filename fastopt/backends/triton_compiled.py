@@ -28,7 +28,7 @@ from fastopt.backends.triton import (
     _refuse_shared_memory,
     _Scaler,
 )
-from fastopt.backends.triton_tables import Bucket, Channel, Tile
+from fastopt.backends.triton_tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.rule import Setting, chain_named
 
@@ -63,6 +63,7 @@ class CompiledPlan(TritonPlan):
         super().build(groups, state, takes, rows, fresh)
         self._serves = not any(segment.on_device for segments in self._segments for segment in segments)
         if not self._serves:
+            self._core.build([], {}, [], [], [])  # holds nothing
             return
         self._core.build(groups, state, takes, rows, fresh)
         taken = [p for group, own in zip(groups, takes, strict=True) for p, yes in _pairs(group, own) if yes]
@@ -132,12 +133,6 @@ class CompiledPlan(TritonPlan):
             wide = bucket.key.compute == torch.float64
             values = Addressed(sent.float64, values_at // 8) if wide else Addressed(sent.float32, values_at // 4)
             self._start(bucket, chain, first_slot, aligned, grads, rows, values, scaler)
-
-    def _send(self, device: torch.device, block: _Block) -> Any:
-        channel = self._channels.get(device)
-        if channel is None:
-            channel = self._channels[device] = Channel(device)
-        return channel.send(b"".join(block.parts))
 
 
 def _by_alignment(bucket: Bucket, gradients: bytes, numbers: bytes) -> Iterator[tuple[bool, bytes]]:

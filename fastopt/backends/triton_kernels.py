@@ -270,7 +270,7 @@ def source(chain: Chain) -> str:
     lines: dict[str, list[str]] = {
         "loads": [f"{s} = tl.load({s}_at, mask).to(T)" for s in streams if s != "g"],
         "stages": calls,
-        # Without cache hints: an H200 is slower with them (docs/benchmarks.md).
+        # Without cache hints: an H200 is slower with them (docs/performance.md).
         "stores": [f"tl.store({s}_at, {s}.to({s.upper()}), mask)" for s in ("p", *(s for _, s in states))],
         "bases": ["p_base = pointer(entry, P, start, ALIGNED, RANK)"]
         + [f"{s}_base = pointer(entry + {k + 1} + FIRST, {s.upper()}, start, ALIGNED, RANK)" for k, s in states],
