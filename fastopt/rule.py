@@ -294,6 +294,14 @@ class Setting:
             rows.append(DeviceRow(PULL, self._first_slot(PULL), _matrix(t, self._slow_values(h, True)), active))
         return rows, None if carry is None else torch.where(stepped, carried, carry)
 
+    def chains(self) -> list[Chain | None]:
+        """Of an update, one that ends at the slow weights, a step that waits, one that ends there too, and `PULL`; None
+        where there is none."""
+        slow, patient = self.rule.slow is not None, self.rule.patient(self.h)
+        possible = (True, slow, patient, slow and patient)
+        chains = [self._chain(bool(way & 2), bool(way & 1)) if ok else None for way, ok in enumerate(possible)]
+        return [*chains, PULL if slow and not self.rule.period(self.h) else None]
+
     def on_device(self) -> OnDevice | None:
         """What compiled code needs to make the rows; None where the rule has no twin there."""
         h, rule = self.h, self.rule
@@ -301,21 +309,16 @@ class Setting:
         if twin is None:
             return None
         name, hyper = twin
-        slow, patient, period = rule.slow is not None, rule.patient(h), rule.period(h)
-        possible = (True, slow, patient, slow and patient)
-        chains = [
-            self._index(self._chain(bool(way & 2), bool(way & 1))) if ok else -1 for way, ok in enumerate(possible)
-        ]
         return OnDevice(
             rule=ROW_RULES.index(name),
             decay=DECAYS.index(rule.decay(h)),
             maximize=bool(h.maximize),
-            slow=slow,
+            slow=rule.slow is not None,
             weight_decay=float(h.weight_decay),
             alpha=float(rule.alpha(h)),
-            period=float(period),
+            period=float(rule.period(h)),
             hyper=tuple(value if isinstance(value, Tensor) else float(value) for value in hyper.values()),
-            chains=(*chains, self._index(PULL) if slow and not period else -1),
+            chains=tuple(-1 if chain is None else self._index(chain) for chain in self.chains()),
         )
 
 

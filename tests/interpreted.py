@@ -21,6 +21,9 @@ from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signatu
 import fastopt
 from fastopt import rule
 from fastopt.backends import triton, triton_tables
+from fastopt.chain import Stage, stage, tl
+from fastopt.optimizers.base import Fused
+from fastopt.rule import Hyper, Number, Rule, Slot
 
 pytestmark = pytest.mark.contract("numbers", backend="triton")
 
@@ -331,3 +334,40 @@ def test_tables_of_a_captured_step_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     gc.collect()
     assert plan._buckets[0].table is not table()
     assert table() is not None
+
+
+@stage()
+def descend_signs(p, g, rate):  # type: ignore[no-untyped-def]
+    g = tl.where(g > 0, 1.0, -1.0)
+    p = p - rate * g
+    return p, g
+
+
+class SignRule(Rule):
+    hyper = ("lr",)
+
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
+        return (descend_signs,)
+
+    def slots(self, h: Hyper) -> dict[str, Slot]:
+        return {}
+
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
+        return descend_signs.row(rate=h.lr)
+
+
+class Signs(Fused, torch.optim.Optimizer):
+    rule = SignRule()
+
+    def __init__(self, params: Any, lr: float = 0.25, *, backend: str | None = None) -> None:
+        super().__init__(params, {"lr": lr}, backend=backend)
+
+
+def test_a_stage_that_no_extension_has() -> None:
+    """Seven lines of mathematics, written once, are a Triton kernel."""
+    p = torch.nn.Parameter(torch.zeros(40))
+    optimizer = Signs([p], backend="triton")
+    p.grad = torch.linspace(-1, 1, 40)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.where(p.grad > 0, -0.75, 0.75))

@@ -2,7 +2,8 @@
 
 The tables and the kernels are TritonPlan's. What that does tensor by tensor in Python, comparing everything with the
 tables, reading gradients, counting, is here the compiled plan's, which takes a twentieth of the time; a step then hands
-over one block for each device. Where steps are counted on the device, TritonPlan does it all.
+over one block for each device. Where steps are counted on the device, and for rules with stages that the extension does
+not have, TritonPlan does it all.
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ def _chain(index: int) -> Chain:
     return chain_named(module.chain_names()[index])
 
 
+def _is_compiled(setting: Setting) -> bool:
+    module = native.extension()
+    assert module is not None
+    known = module.chain_names()
+    return all(chain is None or chain.name in known for chain in setting.chains())
+
+
 class CompiledPlan(TritonPlan):
     def __init__(
         self, setting_of: Callable[[Mapping[str, Any]], Setting], names: native.Names, tile: Tile | None = None
@@ -61,7 +69,8 @@ class CompiledPlan(TritonPlan):
         fresh: Sequence[Sequence[bool]],
     ) -> None:
         super().build(groups, state, takes, rows, fresh)
-        self._serves = not any(segment.on_device for segments in self._segments for segment in segments)
+        counted = any(segment.on_device for segments in self._segments for segment in segments)
+        self._serves = not counted and all(map(_is_compiled, self._settings.of(groups)))
         if not self._serves:
             self._core.build([], {}, [], [], [])  # holds nothing
             return
