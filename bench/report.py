@@ -36,7 +36,7 @@ def bodies(csv: Path, gpu_csv: Path) -> Callable[[str], str]:
 def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list[Path]:
     """Fill every block of the pages and draw the plots; gives what was written."""
     body = bodies(csv, gpu_csv)
-    written = []
+    rows, written = read(csv), []
     for page in pages:
         text = page.read_text(encoding="utf-8")
         filled = with_blocks(text, body, str(page))
@@ -44,7 +44,7 @@ def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list
             page.write_text(filled, encoding="utf-8")
             written.append(page)
     for draw, name in ((plots.speedups, "cpu.png"), (plots.curves, "curves.png")):
-        if draw(read(csv), folder / name):
+        if draw(rows, folder / name):
             written.append(folder / name)
     return written
 

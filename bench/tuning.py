@@ -90,7 +90,13 @@ def since(raced: Sequence[Row], tried: Sequence[Record]) -> str:
                 "their share": f"{floor / alone:.2f}" if floor else NONE,
             }
         )
-    return table(f"{SIZE}, native, by the device's clock", lines)
+    if not lines:
+        return ""
+    (ran,) = results.environments([CEILINGS])
+    days = sorted({row["date"] for row in tried if row["measured"] == ALONE})
+    first_run = f"commit {ran.commit}, {ran.date}, {ran.device}"
+    where = f"Medians. First run and streams: {first_run}. Since: {', '.join(days)}."
+    return table(f"{SIZE}, native, by the device's clock", lines) + "\n\n" + where
 
 
 def _short(shape: str) -> str:
