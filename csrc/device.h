@@ -21,6 +21,12 @@ inline constexpr int mixes = 8;
 inline constexpr const char* mix_names[mixes] = {"f32",      "f64",     "bf16",    "f16",
                                                  "bf16_f32", "f16_f32", "any_f32", "any_f64"};
 
+// Elements of a vector, what a lane reads at once of every stream: 16 bytes of the widest (device_kernels.h says why).
+constexpr int vector_length(Mix mix) {
+  if (mix == Mix::any_f32 || mix == Mix::any_f64) return 1;
+  return mix == Mix::f64 ? 2 : mix == Mix::bf16 || mix == Mix::f16 ? 8 : 4;
+}
+
 inline constexpr int lanes = 32;               // of a warp, which takes one work item
 inline constexpr int block_threads = 128;      // four items
 inline constexpr int alignment = 16;           // bytes: what the named mixes ask of every stream

@@ -23,10 +23,7 @@ constexpr int64_t enough_items = 8192;
 constexpr int vectors = 2;
 
 // The elements that a warp of a mix takes at once.
-int64_t at_once(Mix mix) {
-  const int widest = mix == Mix::f64 ? 8 : mix == Mix::bf16 || mix == Mix::f16 ? 2 : 4;
-  return lanes * alignment / widest;
-}
+int64_t at_once(Mix mix) { return lanes * vector_length(mix); }
 
 template <class... Chains>
 constexpr int coefficient_counts[] = {Chains::coefficients...};

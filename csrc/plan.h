@@ -27,11 +27,8 @@ class Plan {
   // hyper: the group keys that make a setting. counters: the state keys of 0-dim counters, "step" first. ignored: group
   // keys that change every step and mean nothing here. intern: the Python callable group -> setting.
   // memory: the Python object that allocates device memory.
-  enum class Devices {
-    cuda,
-    emulated,
-    external
-  };  // CUDA's kernels; the same on CPU tensors; somebody else's, on either
+  // kernels: whose run on a device: CUDA's, the same emulated on CPU tensors, or somebody else's on either.
+  enum class Devices { cuda, emulated, external };
   Plan(PyObject* hyper, PyObject* counters, PyObject* ignored, PyObject* intern, PyObject* memory, Devices kernels);
 
   // Per group a sequence over its parameters: whether the kernels take it, over how many leading slices its gradient is
