@@ -18,10 +18,8 @@ from torch import Tensor
 from fastopt import routing
 from fastopt.backends import reference
 from fastopt.backends.amp import NONE, Amp
-from fastopt.rule import Row, Setting
+from fastopt.rule import Counts, Flags, Groups, Row, Setting, State
 
-State = Mapping[Tensor, dict[str, Any]]
-Groups = Sequence[Mapping[str, Any]]
 SettingOf = Callable[[Mapping[str, Any]], Setting]
 
 
@@ -110,14 +108,7 @@ class PythonPlan:
         self._layouts: list[object] = []
         self._work: list[Work] = []
 
-    def build(
-        self,
-        groups: Groups,
-        state: State,
-        takes: Sequence[Sequence[bool]],
-        rows: Sequence[Sequence[int]],
-        fresh: Sequence[Sequence[bool]],
-    ) -> None:
+    def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
         self._params = [p for group in groups for p in group["params"]]  # keeps ids from being reused
         self._layouts = [self._setting_of(group).layout for group in groups]
         flat = zip(

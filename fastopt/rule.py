@@ -73,6 +73,14 @@ class Slot:
     create: Callable[[Tensor, Hyper], Tensor] = zeros
 
 
+State = Mapping[Tensor, dict[str, Any]]
+Groups = Sequence[Mapping[str, Any]]
+"""What an optimizer holds: `state` and `param_groups`."""
+Flags = Sequence[Sequence[bool]]
+Counts = Sequence[Sequence[int]]
+"""What a plan is told of every parameter, group by group."""
+
+
 class Rule(ABC):
     """The host side of one optimizer; everything computed here is float64 and rounded once, by the kernels.
 

@@ -15,8 +15,7 @@ import ctypes
 import importlib.util
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from itertools import chain as concatenated
@@ -27,17 +26,16 @@ import torch
 from torch import Tensor
 
 from fastopt import routing
-from fastopt.backends import triton_kernels as kernels
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton_tables import Bucket, Channel, Entry, Key, Sent, Tile, classify
+from fastopt.backends.triton_launch import Addressed, Block, Launcher, current, refuse_shared_memory
+from fastopt.backends.triton_launch import Scaler as _Scaler
+from fastopt.backends.triton_tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
-from fastopt.rule import FLAGS, PULL, DeviceRow, Row, Setting
+from fastopt.rule import FLAGS, PULL, Counts, DeviceRow, Flags, Groups, Row, Setting, State
 
 OLDEST = (3, 6)
 TILE = Tile()
 """The shape of every launch of plans made from now on."""
-State = Mapping[Tensor, dict[str, Any]]
-Groups = Sequence[Mapping[str, Any]]
 
 
 def why_not(device: str = "cpu") -> str:
@@ -245,32 +243,21 @@ def _is_immutable(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-class TritonPlan:
+class TritonPlan(Launcher):
     """The plan of an optimizer whose parameters Triton updates; see `fastopt.plan.PythonPlan` for the three calls."""
 
     def __init__(self, setting_of: Callable[[Mapping[str, Any]], Setting], tile: Tile | None = None) -> None:
+        super().__init__()
         self._settings = GroupSettings(setting_of)
         self._tile = tile or TILE
-        self._channels: dict[torch.device, Channel] = {}
         self._memo: dict[tuple[Any, ...], Row] = {}
-        self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
         self._params: list[Tensor] = []
-        self._buckets: list[Bucket] = []
         self._work: list[Work] = []
         self._updates: list[tuple[list[Any], float]] = []
         self._written: list[Tensor] = []
         self._grads: list[Tensor] = []
-        self.launches = 0
-        """How many kernels the last step launched."""
 
-    def build(
-        self,
-        groups: Groups,
-        state: State,
-        takes: Sequence[Sequence[bool]],
-        rows: Sequence[Sequence[int]],
-        fresh: Sequence[Sequence[bool]],
-    ) -> None:
+    def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
         self._params = [p for group in groups for p in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
         settings = self._settings.of(groups)
@@ -461,13 +448,13 @@ class TritonPlan:
         """Run the gathered work."""
         self.launches = 0
         if amp.scale is not None:
-            _refuse_shared_memory(self._grads)
+            refuse_shared_memory(self._grads)
             self._written += self._grads
         devices: dict[torch.device, list[Work]] = {}
         for work in self._work:
             devices.setdefault(work.bucket.key.device, []).append(work)
         for device, works in devices.items():
-            with _current(device):
+            with current(device):
                 self._run(device, works, _Scaler(amp, device))
         for counters, value in self._updates:
             for counter in counters:
@@ -478,18 +465,8 @@ class TritonPlan:
         torch.autograd.graph.increment_version(self._written)
         self._work, self._updates, self._written, self._grads = [], [], [], []
 
-    def _send(self, device: torch.device, block: _Block) -> Sent:
-        """The block of a step on its device. What a graph that is being captured reads is kept."""
-        channel = self._channels.get(device)
-        if channel is None:
-            channel = self._channels[device] = Channel(device)
-        sent = channel.send(b"".join(block.parts))
-        if channel.capturing and (not self._captured or self._captured[-1] is not self._buckets):
-            self._captured.append(self._buckets)
-        return sent
-
     def _run(self, device: torch.device, works: list[Work], scaler: _Scaler) -> None:
-        block = _Block()
+        block = Block()
         places = [_place(block, work) for work in works]
         sent = self._send(device, block)
         for work, (grads_at, launches) in zip(works, places, strict=True):
@@ -532,83 +509,8 @@ class TritonPlan:
         for done in finish:
             done()
 
-    def _start(
-        self,
-        bucket: Bucket,
-        chain: Chain,
-        first_slot: int,
-        aligned: bool,
-        grads: Addressed,
-        rows: Addressed,
-        coefficients: Addressed,
-        scaler: _Scaler,
-    ) -> None:
-        if not bucket.programs:
-            return
-        key, grid, types = bucket.key, (bucket.programs,), _types()
-        pulls = chain is PULL
-        shape = {
-            "ALIGNED": aligned,
-            "RANK": key.rank,
-            "WIDTH": bucket.width,
-            "CHUNK": bucket.chunk,
-            "BLOCK": bucket.tile.elements(key),
-            "num_warps": bucket.tile.warps,
-            **kernels.OPTIONS,
-        }
-        compute, gradient = types[key.compute], None if pulls else types[key.g]
-        states = [types[dtype] for dtype in key.states[first_slot : first_slot + len(chain.state)]]
-        tables = bucket.table, bucket.items, grads.tensor, rows.tensor
-        try:
-            if key.mean == kernels.SPLIT and not pulls:
-                kernels.sums()[grid](
-                    *tables, bucket.partials, scaler.scale, grads.at, rows.at, compute, gradient, **shape
-                )
-                self.launches += 1
-            kernels.kernel(chain)[grid](
-                *tables, coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf,
-                grads.at, rows.at, coefficients.at, compute, types[key.p], gradient, *states,
-                FIRST=first_slot, MEAN=kernels.FLAT if pulls else key.mean, **shape,
-            )  # fmt: skip
-        except Exception as error:
-            raise RuntimeError(f"the Triton kernel {kernels.name(chain)} failed on {key.device}: {error}") from error
-        self.launches += 1
 
-
-@dataclass(frozen=True)
-class Addressed:
-    """An argument of a kernel: a tensor, and at which of its elements what is meant begins."""
-
-    tensor: Tensor
-    at: int
-
-
-class _Scaler:
-    """A loss scale and an overflow flag on the device that reads them."""
-
-    def __init__(self, amp: Amp, device: torch.device) -> None:
-        self.scale, self.found_inf = _on(amp.scale, device), _on(amp.found_inf, device)
-
-
-def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
-
-
-class _Block:
-    """The bytes of one step, in parts at multiples of 16 bytes."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self._size = 0
-
-    def add(self, part: bytes) -> int:
-        at, padding = self._size, -len(part) % 16
-        self.parts += [part, bytes(padding)]
-        self._size += len(part) + padding
-        return at
-
-
-def _place(block: _Block, work: Work) -> tuple[int, list[tuple[Launch, int, int]]]:
+def _place(block: Block, work: Work) -> tuple[int, list[tuple[Launch, int, int]]]:
     """Put a bucket's part into the block: where its gradients are, and rows and coefficients of each launch."""
     grads_at = block.add(array("q", work.pointers).tobytes())
     code = "d" if work.bucket.key.compute == torch.float64 else "f"
@@ -691,28 +593,3 @@ def _is_due(asked: tuple[Tensor, int], device: torch.device | None) -> Any:
 
 def _first_slot(setting: Setting, chain: Chain) -> int:
     return len(setting.slots) - 1 if chain is PULL else 0
-
-
-def _refuse_shared_memory(grads: Iterable[Tensor]) -> None:
-    if any(routing._overlaps_itself(g) for g in grads):
-        raise RuntimeError(
-            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
-        )
-
-
-def _current(device: torch.device) -> Any:
-    """The device as the current one, for Triton launches on that."""
-    same = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return nullcontext() if same else torch.cuda.device(device)
-
-
-@cache
-def _types() -> dict[torch.dtype, Any]:
-    import triton.language as tl
-
-    return {
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-    }

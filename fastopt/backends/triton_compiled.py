@@ -1,7 +1,7 @@
 """The Triton backend where the extension was built, if only for the CPU: the compiled plan does the host's work.
 
 The tables and the kernels are TritonPlan's. What that does tensor by tensor in Python, comparing everything with the
-tables, reading gradients, counting, is here the compiled plan's, which takes a twentieth of the time; a step then hands
+tables, reading gradients, counting, is here the compiled plan's, which takes a fraction of the time; a step then hands
 over one block for each device. Where steps are counted on the device, and for rules with stages that the extension does
 not have, TritonPlan does it all.
 """
@@ -19,19 +19,11 @@ from torch import Tensor
 from fastopt import routing
 from fastopt.backends import native
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton import (
-    Addressed,
-    Groups,
-    State,
-    TritonPlan,
-    _Block,
-    _current,
-    _refuse_shared_memory,
-    _Scaler,
-)
+from fastopt.backends.triton import TritonPlan
+from fastopt.backends.triton_launch import Addressed, Block, Scaler, current, refuse_shared_memory
 from fastopt.backends.triton_tables import Bucket, Tile
 from fastopt.chain import Chain
-from fastopt.rule import Setting, chain_named
+from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
 
 ENABLED = True
 """For tests of the plan that needs no extension."""
@@ -60,14 +52,7 @@ class CompiledPlan(TritonPlan):
         self._serves = False
         """Whether the compiled plan takes the steps of the tables that were built last."""
 
-    def build(
-        self,
-        groups: Groups,
-        state: State,
-        takes: Sequence[Sequence[bool]],
-        rows: Sequence[Sequence[int]],
-        fresh: Sequence[Sequence[bool]],
-    ) -> None:
+    def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
         super().build(groups, state, takes, rows, fresh)
         counted = any(segment.on_device for segments in self._segments for segment in segments)
         self._serves = not counted and all(map(_is_compiled, self._settings.of(groups)))
@@ -100,9 +85,9 @@ class CompiledPlan(TritonPlan):
         self.launches = 0
         scaled = self._scaled() if amp.scale is not None else []
         for k, device in enumerate(self._on):
-            with _current(device):
+            with current(device):
                 gradients, taken = self._core.taken(k)
-                self._run_taken(device, gradients, taken, _Scaler(amp, device))
+                self._run_taken(device, gradients, taken, Scaler(amp, device))
         self._core.launch([(0, 0, 0)] * len(self._on))
         torch.autograd.graph.increment_version(scaled)
         return None
@@ -110,7 +95,7 @@ class CompiledPlan(TritonPlan):
     def _scaled(self) -> list[Tensor]:
         """The gradients, which the kernels divide and write back."""
         grads = [entry.owner.grad for entry in self._entries if entry.owner.grad is not None]
-        _refuse_shared_memory([routing.within(grad) for grad in grads])
+        refuse_shared_memory([routing.within(grad) for grad in grads])
         return grads
 
     def _run_taken(
@@ -118,10 +103,10 @@ class CompiledPlan(TritonPlan):
         device: torch.device,
         gradients: bytes,
         taken: list[tuple[int, int, bytes, bytes, bytes]],
-        scaler: _Scaler,
+        scaler: Scaler,
     ) -> None:
         """Send what a step gives to the tensors of a device, and start the kernels of every bucket."""
-        block = _Block()
+        block = Block()
         grads_at = block.add(gradients)
         parts = [
             (_chain(chain), first_slot, numbers, block.add(f32), block.add(f64))

@@ -1,0 +1,143 @@
+"""How a Triton plan reaches a device: one block of bytes a step, and the kernels that read it.
+
+Triton is imported by the first function that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastopt import routing
+from fastopt.backends import triton_kernels as kernels
+from fastopt.backends.amp import Amp
+from fastopt.backends.triton_tables import Bucket, Channel, Sent
+from fastopt.chain import Chain
+from fastopt.rule import PULL
+
+
+@dataclass(frozen=True)
+class Addressed:
+    """An argument of a kernel: a tensor, and at which of its elements what is meant begins."""
+
+    tensor: Tensor
+    at: int
+
+
+class Scaler:
+    """A loss scale and an overflow flag on the device that reads them."""
+
+    def __init__(self, amp: Amp, device: torch.device) -> None:
+        self.scale, self.found_inf = _on(amp.scale, device), _on(amp.found_inf, device)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
+
+
+class Block:
+    """The bytes of one step, in parts at multiples of 16 bytes."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self._size = 0
+
+    def add(self, part: bytes) -> int:
+        at, padding = self._size, -len(part) % 16
+        self.parts += [part, bytes(padding)]
+        self._size += len(part) + padding
+        return at
+
+
+def current(device: torch.device) -> Any:
+    """The device as the current one, for Triton launches on that."""
+    same = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if same else torch.cuda.device(device)
+
+
+def refuse_shared_memory(grads: Iterable[Tensor]) -> None:
+    if any(routing._overlaps_itself(g) for g in grads):
+        raise RuntimeError(
+            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
+        )
+
+
+class Launcher:
+    """Channels to devices, and what captured graphs read; whose plan it is says what to send and what to start."""
+
+    def __init__(self) -> None:
+        self._channels: dict[torch.device, Channel] = {}
+        self._buckets: list[Bucket] = []
+        self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
+        self.launches = 0
+        """How many kernels the last step launched."""
+
+    def _send(self, device: torch.device, block: Block) -> Sent:
+        """The block of a step on its device. What a graph that is being captured reads is kept."""
+        channel = self._channels.get(device)
+        if channel is None:
+            channel = self._channels[device] = Channel(device)
+        sent = channel.send(b"".join(block.parts))
+        if channel.capturing and (not self._captured or self._captured[-1] is not self._buckets):
+            self._captured.append(self._buckets)
+        return sent
+
+    def _start(
+        self,
+        bucket: Bucket,
+        chain: Chain,
+        first_slot: int,
+        aligned: bool,
+        grads: Addressed,
+        rows: Addressed,
+        coefficients: Addressed,
+        scaler: Scaler,
+    ) -> None:
+        if not bucket.programs:
+            return
+        key, grid, types = bucket.key, (bucket.programs,), _types()
+        pulls = chain is PULL
+        shape = {
+            "ALIGNED": aligned,
+            "RANK": key.rank,
+            "WIDTH": bucket.width,
+            "CHUNK": bucket.chunk,
+            "BLOCK": bucket.tile.elements(key),
+            "num_warps": bucket.tile.warps,
+            **kernels.OPTIONS,
+        }
+        compute, gradient = types[key.compute], None if pulls else types[key.g]
+        states = [types[dtype] for dtype in key.states[first_slot : first_slot + len(chain.state)]]
+        tables = bucket.table, bucket.items, grads.tensor, rows.tensor
+        try:
+            if key.mean == kernels.SPLIT and not pulls:
+                kernels.sums()[grid](
+                    *tables, bucket.partials, scaler.scale, grads.at, rows.at, compute, gradient, **shape
+                )
+                self.launches += 1
+            kernels.kernel(chain)[grid](
+                *tables, coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf,
+                grads.at, rows.at, coefficients.at, compute, types[key.p], gradient, *states,
+                FIRST=first_slot, MEAN=kernels.FLAT if pulls else key.mean, **shape,
+            )  # fmt: skip
+        except Exception as error:
+            raise RuntimeError(f"the Triton kernel {kernels.name(chain)} failed on {key.device}: {error}") from error
+        self.launches += 1
+
+
+@cache
+def _types() -> dict[torch.dtype, Any]:
+    import triton.language as tl
+
+    return {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
