@@ -10,7 +10,7 @@ Environment:
   FASTOPT_CUDA        auto (default): CUDA kernels if there is nvcc and a GPU; 1: fail if they cannot be built; 0: none
   FASTOPT_CUDA_ARCHS  for which GPUs, e.g. "90" or "80;90;100+PTX" (default: those present; if there is none and
                       FASTOPT_CUDA=1, 80;90;100+PTX). Asking for some asks for CUDA kernels.
-  FASTOPT_CUDA_MIXES  for which storage (names of Mix in csrc/device.h), e.g. "f32;bf16"; any_f32 and any_f64, which
+  FASTOPT_CUDA_MIXES  for which storage (names of Mix in csrc/mix.h), e.g. "f32;bf16"; any_f32 and any_f64, which
                       take whatever has no kernels of its own, are always built (default: all)
   FASTOPT_EMULATOR    1: also the CUDA kernels' source as CPU code, for tests (default 0)
   FASTOPT_SANITIZE    sanitizers to compile the C++ with, as -fsanitize spells them, e.g. "address,undefined"; see
@@ -176,8 +176,8 @@ def known_archs(nvcc: str) -> list[str]:
 
 
 def all_mixes() -> list[str]:
-    found = re.search(r"enum class Mix : int8_t \{([^}]*)\}", (CSRC / "device.h").read_text())
-    assert found, "csrc/device.h: no enum Mix"
+    found = re.search(r"enum class Mix : int8_t \{([^}]*)\}", (CSRC / "mix.h").read_text())
+    assert found, "csrc/mix.h: no enum Mix"
     return re.findall(r"\w+", found[1])
 
 

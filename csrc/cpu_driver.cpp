@@ -1,5 +1,5 @@
 // Splits tensors over torch's threads, and feeds each item's part to its kernel: directly where the streams are dense
-// and of the compute type, else tile by tile through an L1-sized scratch.
+// and stored as a kernel takes them, else tile by tile through an L1-sized scratch.
 #include "cpu_driver.h"
 
 #include <ATen/Parallel.h>
@@ -54,7 +54,7 @@ const InstructionSet& choose() {
 }
 
 template <class T>
-const Kernels<T>& kernels() {
+const Conversions<T>& conversions() {
   if constexpr (sizeof(T) == 4)
     return instruction_set().f32;
   else
@@ -63,6 +63,10 @@ const Kernels<T>& kernels() {
 
 template <class T>
 constexpr Dtype compute_dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+template <class T>
+constexpr Mix compute_mix = sizeof(T) == 4 ? Mix::f32 : Mix::f64;
+
+const Update* updates(Mix mix) { return instruction_set().update[static_cast<int>(mix)]; }
 
 // Calls f(offset into the stream, stride, count, position in the tile) for each run along the last dimension.
 template <class F>
@@ -129,13 +133,13 @@ struct Stream {
       if (size_of(dtype) == 8) gather<uint64_t>(*layout, index, data, begin, n, raw);
       from = raw;
     }
-    kernels<T>().load(dtype, from, scratch, n);
+    conversions<T>().load(dtype, from, scratch, n);
     return scratch;
   }
 
   void close(int64_t begin, int64_t n) {
     if (in_place()) return;
-    kernels<T>().store(dtype, scratch, layout ? static_cast<void*>(raw) : at(begin), n);
+    conversions<T>().store(dtype, scratch, layout ? static_cast<void*>(raw) : at(begin), n);
     if (!layout) return;
     if (size_of(dtype) == 2) scatter<uint16_t>(*layout, index, data, begin, n, raw);
     if (size_of(dtype) == 4) scatter<uint32_t>(*layout, index, data, begin, n, raw);
@@ -143,20 +147,17 @@ struct Stream {
   }
 };
 
-template <class T>
-void run_direct(const Item& item, int64_t begin, int64_t end, T shift) {
-  Run<T> run{static_cast<T*>(item.p) + begin,
-             static_cast<const T*>(item.g) + begin,
-             {},
-             static_cast<const T*>(item.row),
-             shift,
-             end - begin};
-  for (int k = 0; k < item.slots; ++k) run.s[k] = static_cast<T*>(item.s[k]) + begin;
-  kernels<T>().update[item.chain](run);
+void run_direct(const Update* kernels, const Item& item, int64_t begin, int64_t end, double shift) {
+  const auto at = [=](const void* data, Dtype dtype) {
+    return const_cast<char*>(static_cast<const char*>(data)) + begin * size_of(dtype);
+  };
+  Run run{at(item.p, item.p_dtype), at(item.g, item.g_dtype), {}, item.row, shift, end - begin};
+  for (int k = 0; k < item.slots; ++k) run.s[k] = at(item.s[k], item.s_dtype[k]);
+  kernels[item.chain](run);
 }
 
 template <class T>
-void run_tiles(const Item& item, int64_t begin, int64_t end, T shift) {
+void run_tiles(const Item& item, int64_t begin, int64_t end, double shift) {
   Stream<T> p{item.p, item.p_dtype, item.layout, 0};
   Stream<T> g{const_cast<void*>(item.g), item.g_dtype, item.layout, 1};
   Stream<T> s[max_slots];
@@ -168,18 +169,18 @@ void run_tiles(const Item& item, int64_t begin, int64_t end, T shift) {
   }
   for (int64_t i = begin; i < end; i += tile_length) {
     const int64_t n = std::min(tile_length, end - i);
-    Run<T> run{p.open(i, n), g.open(i, n), {}, static_cast<const T*>(item.row), shift, n};
+    Run run{p.open(i, n), g.open(i, n), {}, item.row, shift, n};
     for (int k = 0; k < item.slots; ++k) run.s[k] = s[k].open(i, n);
-    kernels<T>().update[item.chain](run);
+    updates(compute_mix<T>)[item.chain](run);
     p.close(i, n);
     for (int k = 0; k < item.slots; ++k) s[k].close(i, n);
   }
 }
 
 template <class T>
-void run_part(const Item& item, int64_t begin, int64_t end, T shift) {
-  if (item.direct)
-    run_direct<T>(item, begin, end, shift);
+void run_part(const Item& item, int64_t begin, int64_t end, double shift) {
+  if (const Update* kernels = updates(item.mix))
+    run_direct(kernels, item, begin, end, shift);
   else
     run_tiles<T>(item, begin, end, shift);
 }
@@ -192,7 +193,7 @@ T mean(const Item& item, int64_t begin, int64_t n) {
   const int64_t step = g.in_place() ? n : tile_length;
   for (int64_t i = 0; i < n; i += step) {
     const int64_t m = std::min(step, n - i);
-    kernels<T>().accumulate(sum, g.open(begin + i, m), m);
+    conversions<T>().accumulate(sum, g.open(begin + i, m), m);
   }
   double hi = 0, lo = 0;
   for (int k = 0; k < ExactSum::lanes; ++k) {
@@ -216,7 +217,7 @@ void run_as(const Item& item, int64_t begin, int64_t end) {
   if (item.rows > 0)
     run_rows<T>(item, begin, end);
   else
-    run_part<T>(item, begin, end, T(0));
+    run_part<T>(item, begin, end, 0);
 }
 
 // Where a part may start: whole cache lines, or whole slices where the gradient is centralised.
@@ -243,7 +244,7 @@ void run_item(const Item& item, int64_t begin, int64_t end) {
   if (item.n == 0) return;
   const int64_t first = snap(item, begin), last = snap(item, end);
   if (first >= last) return;
-  if (item.wide)
+  if (is_wide(item.mix))
     run_as<double>(item, first, last);
   else
     run_as<float>(item, first, last);

@@ -23,14 +23,13 @@ struct Item {
   void* p;
   const void* g;
   void* s[max_slots];
-  const void* row;       // float or double coefficients, as `wide` says
+  const void* row;       // coefficients, of the mix's compute type
   const Layout* layout;  // null: all streams are dense and share their strides
   int64_t n;
   int64_t rows;  // > 0: the gradient is centralised over this many leading slices
   int16_t chain;
   int8_t slots, first_slot;  // s[k] is state first_slot + k of the layout
-  bool wide;                 // computes in double
-  bool direct;               // dense, and every stream already has the compute type
+  Mix mix;                   // any_f32 or any_f64 unless dense
   Dtype p_dtype, g_dtype, s_dtype[max_slots];
 };
 

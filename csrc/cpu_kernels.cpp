@@ -9,27 +9,146 @@
 namespace fastopt {
 namespace {
 
-template <class Chain, class T>
-void update(const Run<T>& run) {
+// Elements whose streams the compiler can convert one by one, and itself makes vectors of.
+template <class Chain, Mix mix>
+void update_elements(const Run& run) {
+  using M = StreamsOf<mix>;
+  using T = typename M::T;
   constexpr int S = Chain::slots, C = Chain::coefficients;
-  T* const p = run.p;
-  const T* const g = run.g;
-  T* s[S + 1];
-  for (int k = 0; k < S; ++k) s[k] = run.s[k];
+  auto* const p = static_cast<typename M::PRaw*>(run.p);
+  const auto* const g = static_cast<const typename M::PRaw*>(run.g);
+  typename M::SRaw* s[S + 1];
+  for (int k = 0; k < S; ++k) s[k] = static_cast<typename M::SRaw*>(run.s[k]);
   T c[C + 1];
-  for (int k = 0; k < C; ++k) c[k] = run.row[k];
-  const T shift = run.shift;
+  for (int k = 0; k < C; ++k) c[k] = static_cast<const T*>(run.row)[k];
+  const T shift = static_cast<T>(run.shift);
 
   // Streams never overlap except element by element (the plan sends overlapping parameters elsewhere). No software
   // prefetch: the hardware's follows up to six streams by itself, and every distance tried made it slower or no faster.
 #pragma GCC ivdep
   for (int64_t j = 0; j < run.n; ++j) {
-    T x = p[j], d = g[j] - shift, v[S + 1];
-    for (int k = 0; k < S; ++k) v[k] = s[k][j];
+    T x = M::P::template load<T>(p[j]), d = M::P::template load<T>(g[j]) - shift, v[S + 1];
+    for (int k = 0; k < S; ++k) v[k] = M::State::template load<T>(s[k][j]);
     Chain::apply(x, d, v, c);
-    p[j] = x;
-    for (int k = 0; k < S; ++k) s[k][j] = v[k];
+    p[j] = M::P::template store<T>(x);
+    for (int k = 0; k < S; ++k) s[k][j] = M::State::template store<T>(v[k]);
   }
+}
+
+// Streams of 16 bits, whose vectors the compiler would shuffle more than compute. Blocks of them are converted in
+// registers, and need not keep their order, as long as all streams of a tensor have the same.
+constexpr int block = 32;
+
+template <Dtype dtype>
+struct Blocks {
+  static constexpr bool exist = false;
+};
+
+#if defined(__AVX512F__)
+constexpr size_t vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr size_t vector_bytes = 32;
+#else
+constexpr size_t vector_bytes = 16;
+#endif
+using Words = uint32_t __attribute__((vector_size(vector_bytes)));
+using Floats = float __attribute__((vector_size(vector_bytes)));
+
+// A vector of pairs becomes one of their first elements and one of their second: the upper half of a float is a bf16.
+template <>
+struct Blocks<Dtype::bf16> {
+  static constexpr bool exist = true;
+  static constexpr int per_vector = vector_bytes / sizeof(float);
+
+  static inline void load(const uint16_t* from, float* to) {
+    for (int i = 0; i < block; i += 2 * per_vector) {
+      Words pairs;
+      std::memcpy(&pairs, from + i, sizeof pairs);
+      const Words first = pairs << 16, second = pairs & 0xffff0000u;
+      std::memcpy(to + i, &first, sizeof first);
+      std::memcpy(to + i + per_vector, &second, sizeof second);
+    }
+  }
+  static inline void store(const float* from, uint16_t* to) {
+    for (int i = 0; i < block; i += 2 * per_vector) {
+      const Words pairs = (rounded(from + i) >> 16) | (rounded(from + i + per_vector) & 0xffff0000u);
+      std::memcpy(to + i, &pairs, sizeof pairs);
+    }
+  }
+
+ private:
+  // As to_bf16, in the upper halves.
+  static inline Words rounded(const float* from) {
+    Floats x;
+    Words u;
+    std::memcpy(&x, from, sizeof x);
+    std::memcpy(&u, from, sizeof u);
+    return x == x ? u + 0x7fffu + ((u >> 16) & 1u) : Words{} + 0x7fc00000u;
+  }
+};
+
+#if defined(__F16C__)
+template <>
+struct Blocks<Dtype::f16> {
+  static constexpr bool exist = true;
+
+  static inline void load(const uint16_t* from, float* to) {
+    for (int i = 0; i < block; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  static inline void store(const float* from, uint16_t* to) {
+    for (int i = 0; i < block; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+#endif
+
+template <class Chain, Dtype dtype>
+inline void update_block(uint16_t* p, const uint16_t* g, uint16_t* const* s, const float* c, float shift) {
+  constexpr int S = Chain::slots;
+  alignas(64) float x[block], d[block], v[S + 1][block];
+  Blocks<dtype>::load(p, x);
+  Blocks<dtype>::load(g, d);
+  for (int k = 0; k < S; ++k) Blocks<dtype>::load(s[k], v[k]);
+#pragma GCC ivdep
+  for (int i = 0; i < block; ++i) {
+    float at = x[i], by = d[i] - shift, w[S + 1];
+    for (int k = 0; k < S; ++k) w[k] = v[k][i];
+    Chain::apply(at, by, w, c);
+    x[i] = at;
+    for (int k = 0; k < S; ++k) v[k][i] = w[k];
+  }
+  Blocks<dtype>::store(x, p);
+  for (int k = 0; k < S; ++k) Blocks<dtype>::store(v[k], s[k]);
+}
+
+template <class Chain, Dtype dtype>
+void update_blocks(const Run& run) {
+  constexpr int S = Chain::slots, C = Chain::coefficients;
+  auto* const p = static_cast<uint16_t*>(run.p);
+  const auto* const g = static_cast<const uint16_t*>(run.g);
+  uint16_t* s[S + 1];
+  for (int k = 0; k < S; ++k) s[k] = static_cast<uint16_t*>(run.s[k]);
+  float c[C + 1];
+  for (int k = 0; k < C; ++k) c[k] = static_cast<const float*>(run.row)[k];
+  const auto shift = static_cast<float>(run.shift);
+
+  int64_t j = 0;
+  for (; j + block <= run.n; j += block) {
+    update_block<Chain, dtype>(p + j, g + j, s, c, shift);
+    for (int k = 0; k < S; ++k) s[k] += block;
+  }
+  if (j == run.n) return;
+  // The rest in a block of its own, filled up with zeros.
+  const size_t bytes = static_cast<size_t>(run.n - j) * sizeof(uint16_t);
+  uint16_t rest[2 + S][block] = {}, *states[S + 1];
+  std::memcpy(rest[0], p + j, bytes);
+  std::memcpy(rest[1], g + j, bytes);
+  for (int k = 0; k < S; ++k) std::memcpy(states[k] = rest[2 + k], s[k], bytes);
+  update_block<Chain, dtype>(rest[0], rest[1], states, c, shift);
+  std::memcpy(p + j, rest[0], bytes);
+  for (int k = 0; k < S; ++k) std::memcpy(s[k], states[k], bytes);
 }
 
 template <class T>
@@ -58,29 +177,6 @@ void load(Dtype dtype, const void* from, T* to, int64_t n) {
   }
 }
 
-// The instruction that rounds 32 floats at once takes subnormal numbers for zero and keeps the bits of NaNs: where
-// there is either, the portable form does it. Half the time of the compiler's own code for that, measured on a Zen 4.
-#if defined(__AVX512DQ__)
-#define FASTOPT_HAS_BF16 __builtin_cpu_supports("avx512bf16")
-__attribute__((target("avx512bf16"))) int64_t store_bf16(const float* from, uint16_t* to, int64_t n) {
-  constexpr int nan_or_subnormal = 0xa1;
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    const __m512 low = _mm512_loadu_ps(from + i), high = _mm512_loadu_ps(from + i + 16);
-    if (_mm512_fpclass_ps_mask(low, nan_or_subnormal) | _mm512_fpclass_ps_mask(high, nan_or_subnormal)) [[unlikely]] {
-      for (int64_t k = i; k < i + 32; ++k) to[k] = to_bf16(from[k]);
-    } else {
-      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-      std::memcpy(to + i, &rounded, sizeof rounded);
-    }
-  }
-  return i;
-}
-#else
-#define FASTOPT_HAS_BF16 false
-int64_t store_bf16(const float*, uint16_t*, int64_t) { return 0; }
-#endif
-
 template <class T>
 void store(Dtype dtype, const T* from, void* to, int64_t n) {
   switch (dtype) {
@@ -90,13 +186,9 @@ void store(Dtype dtype, const T* from, void* to, int64_t n) {
     case Dtype::f64:
       for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = from[i];
       break;
-    case Dtype::bf16: {
-      int64_t i = 0;
-      if constexpr (sizeof(T) == 4)
-        if (FASTOPT_HAS_BF16) i = store_bf16(from, static_cast<uint16_t*>(to), n);
-      for (; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(narrow(from[i]));
+    case Dtype::bf16:
+      for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(narrow(from[i]));
       break;
-    }
     case Dtype::f16: {
       int64_t i = 0;
 #if defined(__F16C__)
@@ -131,12 +223,31 @@ void accumulate(ExactSum& sum, const T* x, int64_t n) {
   std::memcpy(sum.lo, lo, sizeof lo);
 }
 
-template <class T, class... Chains>
-constexpr typename Kernels<T>::Update table[sizeof...(Chains)] = {update<Chains, T>...};
+template <Mix mix, class Chain>
+constexpr Update kernel() {
+  using M = StreamsOf<mix>;
+  if constexpr (M::p_dtype == M::s_dtype && Blocks<M::p_dtype>::exist)
+    return update_blocks<Chain, M::p_dtype>;
+  else
+    return update_elements<Chain, mix>;
+}
 
-template <class T, class... Chains>
-constexpr Kernels<T> kernels(List<Chains...>) {
-  return {table<T, Chains...>, load<T>, store<T>, accumulate<T>};
+template <Mix mix, class... Chains>
+constexpr Update kernels[sizeof...(Chains)] = {kernel<mix, Chains>()...};
+
+template <class... Chains>
+constexpr InstructionSet instruction_set_of(const char* name, List<Chains...>) {
+  InstructionSet set{
+      name, {}, {load<float>, store<float>, accumulate<float>}, {load<double>, store<double>, accumulate<double>}};
+  const auto has = [&](Mix mix, const Update* of) { set.update[static_cast<int>(mix)] = of; };
+  has(Mix::f32, kernels<Mix::f32, Chains...>);
+  has(Mix::f64, kernels<Mix::f64, Chains...>);
+#if !defined(__x86_64__) || defined(__AVX2__)  // the baseline of x86 serves few: not worth as much again to compile
+  has(Mix::bf16, kernels<Mix::bf16, Chains...>);
+  has(Mix::bf16_f32, kernels<Mix::bf16_f32, Chains...>);
+#endif
+  if constexpr (Blocks<Dtype::f16>::exist) has(Mix::f16, kernels<Mix::f16, Chains...>);
+  return set;
 }
 
 }  // namespace
@@ -145,7 +256,7 @@ constexpr Kernels<T> kernels(List<Chains...>) {
 #define FASTOPT_TEXT(x) FASTOPT_TEXT_(x)
 
 const InstructionSet& FASTOPT_ISA() {
-  static constexpr InstructionSet set{FASTOPT_TEXT(FASTOPT_ISA), kernels<float>(Chains{}), kernels<double>(Chains{})};
+  static constexpr InstructionSet set = instruction_set_of(FASTOPT_TEXT(FASTOPT_ISA), Chains{});
   return set;
 }
 

@@ -6,22 +6,22 @@
 #include <cstdint>
 
 #include "chain.h"
-#include "dtype.h"
+#include "mix.h"
 
 namespace fastopt {
 
 inline constexpr int64_t tile_length = 512;  // elements converted at a time: six streams of them stay in a 32 KB L1
 
-// One contiguous run of elements of compute type T.
-template <class T>
+// One contiguous run of elements, stored as the kernel's mix says.
 struct Run {
-  T* p;
-  const T* g;
-  T* s[max_slots];
-  const T* row;  // coefficients
-  T shift;       // subtracted from every gradient: a row mean, or 0
+  void* p;
+  const void* g;
+  void* s[max_slots];
+  const void* row;  // coefficients, of the compute type
+  double shift;     // subtracted from every gradient: a row mean as the compute type has it, or 0
   int64_t n;
 };
+using Update = void (*)(const Run&);
 
 // Error-free summation in pairs of doubles: its rounded total does not depend on the order of the terms.
 struct ExactSum {
@@ -31,9 +31,7 @@ struct ExactSum {
 };
 
 template <class T>
-struct Kernels {
-  using Update = void (*)(const Run<T>&);
-  const Update* update;                                      // by chain
+struct Conversions {
   void (*load)(Dtype, const void* from, T* to, int64_t n);   // widen to the compute type
   void (*store)(Dtype, const T* from, void* to, int64_t n);  // one rounding to nearest even
   void (*accumulate)(ExactSum&, const T* x, int64_t n);
@@ -41,8 +39,9 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
+  const Update* update[mixes];  // by chain; null: what is stored so is converted to the compute type, and back
+  Conversions<float> f32;
+  Conversions<double> f64;
 };
 
 const InstructionSet& baseline();

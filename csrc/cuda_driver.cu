@@ -161,7 +161,7 @@ const void* make_rows_of(int tier) {
 }
 
 void load(int device, Mix mix, bool centralise) {
-  const bool wide = mix == Mix::f64 || mix == Mix::any_f64;
+  const bool wide = is_wide(mix);
   std::vector<const void*> kernels;
   for (int tier = 0; tier < tiers; ++tier) {
     for (int chain = 0; chain < count(Chains{}); ++chain) {

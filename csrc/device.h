@@ -10,20 +10,14 @@
 #include <cstdint>
 
 #include "chain.h"
-#include "dtype.h"
+#include "mix.h"
 
 namespace fastopt {
 
-// How the streams of a tensor are stored. The named ones have kernels of their own with 16-byte accesses; the others
-// take every other combination of dtypes, any alignment and any strides, one element at a time.
-enum class Mix : int8_t { f32, f64, bf16, f16, bf16_f32, f16_f32, any_f32, any_f64 };
-inline constexpr int mixes = 8;
-inline constexpr const char* mix_names[mixes] = {"f32",      "f64",     "bf16",    "f16",
-                                                 "bf16_f32", "f16_f32", "any_f32", "any_f64"};
-
 // Elements of a vector, what a lane reads at once of every stream: 16 bytes of the widest (device_kernels.h says why).
+// The mixes that take any dtypes take any alignment and any strides too, one element at a time.
 constexpr int vector_length(Mix mix) {
-  if (mix == Mix::any_f32 || mix == Mix::any_f64) return 1;
+  if (is_any(mix)) return 1;
   return mix == Mix::f64 ? 2 : mix == Mix::bf16 || mix == Mix::f16 ? 8 : 4;
 }
 

@@ -9,48 +9,14 @@
 
 namespace fastopt {
 
-// The dtypes of a mix. V elements are 16 bytes of the widest stream: were they 16 of the narrowest, a lane would read
-// and write 32 of the widest in two halves, each of which reaches half of every sector of memory that it touches. Where
-// L1 does not keep a sector for the second half, it is fetched twice, which took twice as long on an H200.
-template <Mix mix, Dtype PG, Dtype S, class Compute>
-struct Dense {
-  static constexpr bool any = false;
-  static constexpr Dtype p_dtype = PG, s_dtype = S;
-  using T = Compute;
-  using P = Stored<PG>;
-  using State = Stored<S>;
-  using PRaw = typename P::Raw;
-  using SRaw = typename State::Raw;
-  static constexpr int V = vector_length(mix);
-  static_assert(V * (size_of(PG) > size_of(S) ? size_of(PG) : size_of(S)) == alignment);
-};
-template <class Compute>
-struct Any {
-  static constexpr bool any = true;
-  using T = Compute;
-  using PRaw = void;
-  using SRaw = void;
-  static constexpr int V = 1;
-};
-
+// V elements are 16 bytes of the widest stream: were they 16 of the narrowest, a lane would read and write 32 of the
+// widest in two halves, each of which reaches half of every sector of memory that it touches. Where L1 does not keep a
+// sector for the second half, it is fetched twice, which took twice as long on an H200.
 template <Mix mix>
-struct MixOf;
-template <>
-struct MixOf<Mix::f32> : Dense<Mix::f32, Dtype::f32, Dtype::f32, float> {};
-template <>
-struct MixOf<Mix::f64> : Dense<Mix::f64, Dtype::f64, Dtype::f64, double> {};
-template <>
-struct MixOf<Mix::bf16> : Dense<Mix::bf16, Dtype::bf16, Dtype::bf16, float> {};
-template <>
-struct MixOf<Mix::f16> : Dense<Mix::f16, Dtype::f16, Dtype::f16, float> {};
-template <>
-struct MixOf<Mix::bf16_f32> : Dense<Mix::bf16_f32, Dtype::bf16, Dtype::f32, float> {};
-template <>
-struct MixOf<Mix::f16_f32> : Dense<Mix::f16_f32, Dtype::f16, Dtype::f32, float> {};
-template <>
-struct MixOf<Mix::any_f32> : Any<float> {};
-template <>
-struct MixOf<Mix::any_f64> : Any<double> {};
+struct MixOf : StreamsOf<mix> {
+  static constexpr bool any = is_any(mix);
+  static constexpr int V = vector_length(mix);
+};
 
 // What a lane reads or writes at once.
 template <int words>

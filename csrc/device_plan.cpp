@@ -65,19 +65,10 @@ uint32_t fits_32(int64_t n) {
 
 Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
   const DeviceTensor& t = entry.tensor;
-  const Mix any = t.p_dtype == Dtype::f64 ? Mix::any_f64 : Mix::any_f32;
-  bool same = true, single = true;  // every state in the parameter's dtype; every state in float32
-  for (int k = 0; k < max_slots && t.s[k]; ++k) {
-    same = same && t.s_dtype[k] == t.p_dtype;
-    single = single && t.s_dtype[k] == Dtype::f32;
-  }
-  if (!aligned || entry.layout || t.g_dtype != t.p_dtype || !(same || single)) return any;
-  constexpr Mix alike[] = {Mix::f32, Mix::f64, Mix::bf16, Mix::f16};
-  Mix mix = alike[static_cast<int>(t.p_dtype)];
-  if (!same && t.p_dtype == Dtype::bf16) mix = Mix::bf16_f32;
-  if (!same && t.p_dtype == Dtype::f16) mix = Mix::f16_f32;
-  if (!same && t.p_dtype == Dtype::f64) mix = any;
-  return driver.has_mix[static_cast<int>(mix)] ? mix : any;
+  if (!aligned || entry.layout || t.g_dtype != t.p_dtype) return any_mix(t.p_dtype);
+  const auto slots = static_cast<int>(std::find(t.s, t.s + max_slots, nullptr) - t.s);
+  const Mix mix = mix_of(t.p_dtype, t.s_dtype, slots);
+  return driver.has_mix[static_cast<int>(mix)] ? mix : any_mix(t.p_dtype);
 }
 
 size_t DevicePlan::add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters) {

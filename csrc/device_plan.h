@@ -112,8 +112,8 @@ class DevicePlan {
     std::vector<uint32_t> rows;          // no_row: left out, or counted
     std::vector<uint16_t> codes;         // if counted
     std::vector<ChainUse> counted_uses;  // the chains that rows made on the device may name
-    bool any() const { return mix == Mix::any_f32 || mix == Mix::any_f64; }
-    bool wide() const { return mix == Mix::f64 || mix == Mix::any_f64; }
+    bool any() const { return is_any(mix); }
+    bool wide() const { return is_wide(mix); }
   };
 
   // A launch: tensors of a bucket that take one chain, and everything of its parameters but gradients and rows.

@@ -15,8 +15,10 @@ namespace {
 // Tensors that are examined by one thread; from twice as many on, every thread gets its share of them, for torch wakes
 // all of its threads or none.
 constexpr int64_t examine_alone = 200, examine_grain = 50;
-constexpr size_t far = 32, near = 16;  // how many entries ahead cache lines are asked for: addresses, then contents
-constexpr size_t data_ahead = 2;       // whose elements are asked for before their turn
+// How many entries ahead cache lines are asked for: what is known by address, then gradients, then their storages; in
+// the pass that changes something, what counts its changes, then elements.
+constexpr size_t far = 32, near = 16, nearer = 8;
+constexpr size_t counts_ahead = 8, data_ahead = 2;
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 // What of `sync` is a group's.
@@ -256,6 +258,8 @@ bool Plan::examine(size_t begin, size_t end, PyObject* sync) {
   for (size_t k = begin; k < end; ++k) {
     if (k + far < end) prefetch(entries_[k + far]);
     if (k + near < end) found_[k + near].grad = find_grad(entries_[k + near]);
+    if (k + nearer < end && found_[k + nearer].grad)
+      prefetch_storage(found_[k + nearer].grad->unsafe_storage().unsafeGetStorageImpl());
     while (k >= groups_[at].first + groups_[at].count) ++at;
     look(entries_[k], found_[k]);
     settled = take_likely(entries_[k], groups_[at], found_[k], asked(sync, at) != Py_False) && settled;
@@ -296,14 +300,12 @@ void Plan::prefetch(const Entry& entry) const {
   const Tracked* const tensor = tensors(entry);
   const int counters = counters_at(entry);
   for (int k = 0; k < counters + entry.counter_count; ++k) {
-    __builtin_prefetch(reinterpret_cast<const char*>(tensor[k].object) + 16);
-    __builtin_prefetch(tensor[k].impl);
-    __builtin_prefetch(reinterpret_cast<const char*>(tensor[k].impl) + sizeof(c10::TensorImpl) - 1);
-    __builtin_prefetch(tensor[k].storage);
-    __builtin_prefetch(tensor[k].version, 1);
+    prefetch_object(tensor[k].object);
+    prefetch_tensor(tensor[k].impl);
+    prefetch_storage(tensor[k].storage);
     if (k >= counters) __builtin_prefetch(tensor[k].data, 1);
   }
-  __builtin_prefetch(reinterpret_cast<const char*>(tensor[0].impl) + 64);
+  prefetch_sizes(tensor[0].impl);
   __builtin_prefetch(entry.meta);
 }
 
@@ -312,11 +314,24 @@ const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {
   if (entry.wrapped) return found_[static_cast<size_t>(&entry - entries_.data())].grad;  // check_wrapped found it
   const c10::TensorImpl* grad = grad_of(impl_of(tensors(entry)->object));
   if (grad) {
-    __builtin_prefetch(grad);
-    __builtin_prefetch(reinterpret_cast<const char*>(grad) + 64);
-    __builtin_prefetch(reinterpret_cast<const char*>(grad) + sizeof(c10::TensorImpl) - 1);
+    prefetch_tensor(grad);
+    prefetch_sizes(grad);
   }
   return grad;
+}
+
+// What commit() writes. Of many tensors, what they were examined by is gone from the nearer caches by then.
+void Plan::prefetch_counts(size_t k) const {
+  const Entry& entry = entries_[k];
+  if (!found_[k].active) return;
+  const Tracked* const tensor = tensors(entry);
+  const int counters = counters_at(entry);
+  for (int i = 0; i < counters; ++i) {
+    prefetch_tensor_head(tensor[i].impl);
+    __builtin_prefetch(tensor[i].version, 1);
+  }
+  for (int i = counters; !entry.counted && i < counters + entry.counter_count; ++i)
+    __builtin_prefetch(tensor[i].data, 1);
 }
 
 void Plan::commit(Entry& entry, const Found& found) {
@@ -340,8 +355,9 @@ Item Plan::item(const Entry& entry, const Found& found) const {
   Item item;
   item.p = tensor[0].data;
   item.g = found.data;
-  item.wide = tensor[0].dtype == Dtype::f64;
-  item.row = item.wide ? static_cast<const void*>(row.f64) : row.f32;
+  const bool named = found.flat && found.dtype == tensor[0].dtype;
+  item.mix = named ? entry.mix : any_mix(tensor[0].dtype);
+  item.row = is_wide(item.mix) ? static_cast<const void*>(row.f64) : row.f32;
   item.n = entry.n;
   item.rows = found.grad ? entry.rows : 0;
   item.chain = row.chain;
@@ -354,7 +370,6 @@ Item Plan::item(const Entry& entry, const Found& found) const {
     item.s_dtype[k] = tensor[1 + row.first_slot + k].dtype;
   }
   item.layout = found.flat ? nullptr : entry.layout.get();
-  item.direct = found.flat && entry.one_dtype && item.g_dtype == item.p_dtype;
   return item;
 }
 
@@ -426,6 +441,7 @@ void Plan::prefetch_data(size_t k) const {
 // One pass over the parameters: what is counted of each, and on the host its elements.
 void Plan::run(bool counts, bool updates) {
   shares_.run([=, this](size_t k, int64_t begin, int64_t end, bool first) {
+    if (counts && k + counts_ahead < entries_.size()) prefetch_counts(k + counts_ahead);
     if (updates && k + data_ahead < entries_.size()) prefetch_data(k + data_ahead);
     if (!found_[k].active) return;
     if (counts && first) commit(entries_[k], found_[k]);

@@ -82,13 +82,13 @@ class Plan {
     int8_t counter_count;
     int8_t device;  // in devices_; -1: the host's kernels
     Dtype g_dtype;  // on a device: what its table says of the gradient
+    Mix mix;        // of p and its states
     bool native : 1;
     bool wrapped : 1;
     bool has_state : 1;
-    bool counted : 1;    // its counters are on the device
-    bool aligned : 1;    // on a device: every stream must start at 16 bytes
-    bool fresh : 1;      // no step was taken with the state it has
-    bool one_dtype : 1;  // p and states have the compute type
+    bool counted : 1;  // its counters are on the device
+    bool aligned : 1;  // on a device: every stream must start at 16 bytes
+    bool fresh : 1;    // no step was taken with the state it has
   };
   static_assert(sizeof(Entry) <= 64);
   struct Group {
@@ -166,6 +166,7 @@ class Plan {
   bool fits_table(const Entry& entry, const Found& found) const;
   void layout_with(Entry& entry, c10::IntArrayRef gradient) const;
   void prefetch(const Entry& entry) const;
+  void prefetch_counts(size_t k) const;
   void prefetch_data(size_t k) const;
   const c10::TensorImpl* find_grad(const Entry& entry) const;
   void check_unscaling() const;

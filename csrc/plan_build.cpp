@@ -71,11 +71,12 @@ void Plan::lay_out(Entry& entry) {
   const Tracked* const tensor = tensors(entry);
   const c10::TensorImpl* const p = tensor[0].impl;
   bool flat = p->is_non_overlapping_and_dense();
-  entry.one_dtype = tensor[0].dtype == Dtype::f32 || tensor[0].dtype == Dtype::f64;
+  Dtype states[max_slots];
   for (int k = 1; k <= entry.slot_count; ++k) {
     flat = flat && same_strides(p, tensor[k].impl);
-    entry.one_dtype = entry.one_dtype && tensor[k].dtype == tensor[0].dtype;
+    states[k - 1] = tensor[k].dtype;
   }
+  entry.mix = mix_of(tensor[0].dtype, states, entry.slot_count);
   const auto sizes = p->sizes(), strides = p->strides();
   if (entry.rows > 0 && entry.rows != sizes[0]) throw std::invalid_argument("fastopt: rows is not the first dimension");
   const bool rows_contiguous = entry.rows == 0 || entry.rows == 1 || entry.n == 0 || strides[0] == entry.n / entry.rows;

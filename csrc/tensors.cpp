@@ -53,10 +53,11 @@ bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
 Tracked track(PyObject* tensor) {
   c10::TensorImpl* impl = impl_of(tensor);
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  // The counter itself is private; only a prefetch takes its address, and any address will do for that.
-  const void* version;
+  // The counter itself is private, and 16 bytes into an object that is too; only a prefetch takes its address, and any
+  // address will do for that.
+  const char* version;
   std::memcpy(&version, static_cast<const void*>(&impl->version_counter()), sizeof version);
-  return {tensor, impl, storage, version, data_of(impl), impl->dtype(), impl->is_contiguous(), {}, {}};
+  return {tensor, impl, storage, version + 16, data_of(impl), impl->dtype(), impl->is_contiguous(), {}, {}};
 }
 
 Ref within(PyObject* tensor) {

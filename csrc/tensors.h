@@ -14,13 +14,32 @@ struct Tracked {
   PyObject* object;  // kept alive by whoever tracks it
   c10::TensorImpl* impl;
   const c10::StorageImpl* storage;
-  const void* version;
+  const void* version;  // where it counts
   void* data;
   caffe2::TypeMeta type;
   bool contiguous;
   Dtype dtype;       // of p and its states
   CounterKind kind;  // of counters
 };
+
+// Asks for the cache lines that a look at a tensor reads. Allocators align objects to 16 bytes: what lies within 64
+// bytes may begin in one line and end in the next.
+inline void prefetch_between(const void* object, size_t first, size_t last) {
+  __builtin_prefetch(static_cast<const char*>(object) + first);
+  __builtin_prefetch(static_cast<const char*>(object) + last);
+}
+inline void prefetch_object(const PyObject* tensor) {  // its pointer to the implementation
+  __builtin_prefetch(reinterpret_cast<const char*>(tensor) + sizeof(PyObject));
+}
+inline void prefetch_tensor_head(const c10::TensorImpl* impl) {  // storage, autograd's data, version
+  prefetch_between(impl, 0, 47);
+}
+inline void prefetch_sizes(const c10::TensorImpl* impl) { prefetch_between(impl, 48, 111); }
+inline void prefetch_tensor(const c10::TensorImpl* impl) {  // the head, and offset, count, type, flags and keys
+  prefetch_tensor_head(impl);
+  prefetch_between(impl, sizeof(c10::TensorImpl) - 32, sizeof(c10::TensorImpl) - 1);
+}
+inline void prefetch_storage(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 63); }  // address, flags
 
 // Without dtype or kind.
 Tracked track(PyObject* tensor);

@@ -174,6 +174,25 @@ def test_low_precision(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, LOW_PRECISION, dtype, backend)
 
 
+@pytest.mark.contract("low precision", difference="dtypes of loaded states")
+@parametrize(dtypes=("bf16", "fp16"), names=["native"])
+def test_low_precision_beside_states_in_float32(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """States as a checkpoint may bring them; torch has no such, so the backends are held to each other."""
+    traces = []
+    for name in (backend, "reference"):
+        built = Built(LOW_PRECISION, case, dtype)
+        optimizer = case.make(built.groups, name)
+        built.set_grads(0)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        for states in saved["state"].values():
+            states.update({k: v.float() for k, v in states.items() if k not in oracles.SCALAR_STATES})
+        optimizer.load_state_dict(saved)
+        traces.append(trace(optimizer, built))
+        built.assert_nothing_else_written()
+    assert_same(*traces)
+
+
 def _mixed_dtypes(dtypes: list[str]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.linspace(-1, 1, 5 + 9 * i).to(DTYPES[d])) for i, d in enumerate(dtypes)]
 
@@ -192,6 +211,21 @@ def test_every_kind_of_float_is_rounded_as_torch_does(dtype: torch.dtype, backen
     p.grad = g
     fastopt.SGD([p], lr=1.0, maximize=True, backend=backend).step()
     assert not difference(p.detach(), g.add(0.0).to(dtype))
+
+
+@pytest.mark.contract("low precision")
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_product_is_rounded_as_torch_does(dtype: torch.dtype, backend: str) -> None:
+    """p = 0 + lr * g with g of p's own dtype, which has kernels of its own: every g there is, and lr that make ties,
+    subnormals and infinities of it."""
+    g = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    for lr in (1.0, 1.00390625, 0.501953125, 1 / 3, 1.7e-4, 3e-39, 2.0**-14, 3e38):
+        p = torch.nn.Parameter(torch.zeros(g.shape, dtype=dtype))
+        p.grad = g.clone()
+        fastopt.SGD([p], lr=lr, maximize=True, backend=backend).step()
+        product = g.double() * torch.tensor(lr, dtype=torch.float32).double()  # exact
+        assert not difference(p.detach(), product.add(0.0).float().to(dtype)), lr
 
 
 @pytest.mark.contract("layouts")
