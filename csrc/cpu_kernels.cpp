@@ -42,6 +42,8 @@ constexpr int block = 32;
 template <Dtype dtype>
 struct Blocks {
   static constexpr bool exist = false;
+  static void load(const uint16_t* from, float* to);
+  static void store(const float* from, uint16_t* to);
 };
 
 #if defined(__AVX512F__)
@@ -89,7 +91,7 @@ struct Blocks<Dtype::bf16> {
 
 #if defined(__F16C__)
 template <>
-struct Blocks<Dtype::f16> {
+struct Blocks<Dtype::f16> {  // in order
   static constexpr bool exist = true;
 
   static inline void load(const uint16_t* from, float* to) {
@@ -164,14 +166,11 @@ void load(Dtype dtype, const void* from, T* to, int64_t n) {
       for (int64_t i = 0; i < n; ++i) to[i] = from_bf16(static_cast<const uint16_t*>(from)[i]);
       break;
     case Dtype::f16: {
+      const auto* const raw = static_cast<const uint16_t*>(from);
       int64_t i = 0;
-#if defined(__F16C__)
-      if constexpr (sizeof(T) == 4)
-        for (; i + 8 <= n; i += 8)
-          _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                       reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i))));
-#endif
-      for (; i < n; ++i) to[i] = from_f16(static_cast<const uint16_t*>(from)[i]);
+      if constexpr (sizeof(T) == 4 && Blocks<Dtype::f16>::exist)
+        for (; i + block <= n; i += block) Blocks<Dtype::f16>::load(raw + i, to + i);
+      for (; i < n; ++i) to[i] = from_f16(raw[i]);
       break;
     }
   }
@@ -190,14 +189,11 @@ void store(Dtype dtype, const T* from, void* to, int64_t n) {
       for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(narrow(from[i]));
       break;
     case Dtype::f16: {
+      auto* const raw = static_cast<uint16_t*>(to);
       int64_t i = 0;
-#if defined(__F16C__)
-      if constexpr (sizeof(T) == 4)
-        for (; i + 8 <= n; i += 8)
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(to) + i),
-                           _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-      for (; i < n; ++i) static_cast<uint16_t*>(to)[i] = to_f16(narrow(from[i]));
+      if constexpr (sizeof(T) == 4 && Blocks<Dtype::f16>::exist)
+        for (; i + block <= n; i += block) Blocks<Dtype::f16>::store(from + i, raw + i);
+      for (; i < n; ++i) raw[i] = to_f16(narrow(from[i]));
       break;
     }
   }
