@@ -157,7 +157,7 @@ def cost(name: str, results: Results) -> str:
     if not cases:
         return UNMEASURED
     body = table("", [_mix(results, case) for case in cases])
-    return f"{body}\n\n{provenance(results, [case.name for case in cases])}"
+    return f"{body}\n\n{provenance(results)}"
 
 
 def _peers(results: Results) -> str:

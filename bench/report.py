@@ -11,6 +11,7 @@ from bench.gpu_tables import MAIN, UNMEASURED, gpu_markdown
 from bench.records import read
 
 GPU_BLOCKS = ("gpu", "gpu main", "gpu since", "tuning")
+ELSEWHERE = "cpu elsewhere"  # the block "cpu" of another machine, whose records lie in a file of their own
 OPENING, CLOSING = "<!-- bench:{name} -->", "<!-- /bench:{name} -->"
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[^>]+?) -->\n.*?<!-- /bench:(?P<end>[^>]+?) -->", re.DOTALL)
 
@@ -20,17 +21,19 @@ def pages(root: Path) -> list[Path]:
 
 
 def bodies(csv: Path, gpu_csv: Path) -> Callable[[str], str]:
-    """What is between the markers of a name; what was tried on a GPU lies beside `gpu_csv`."""
+    """What is between the markers of a name; what was measured elsewhere and tried on a GPU lies beside the two."""
     rows = read(csv)
     gpu_rows = read(gpu_csv) if gpu_csv.exists() else []
     tried, swept = (tuning.read(gpu_csv.with_name(name)) for name in ("tuning.csv", "sweep.csv"))
-    on_gpu: dict[str, Callable[[], str]] = {
+    other_csv = csv.with_name("cpu_elsewhere.csv")
+    special: dict[str, Callable[[], str]] = {
+        ELSEWHERE: lambda: cpu_tables.block("cpu", read(other_csv) if other_csv.exists() else []),
         "gpu": lambda: gpu_markdown(gpu_rows),
         "gpu main": lambda: gpu_markdown(gpu_rows, MAIN),
         "gpu since": lambda: tuning.since(gpu_rows, tried) or UNMEASURED,
         "tuning": lambda: tuning.tuning_markdown(tried, swept) or UNMEASURED,
     }
-    return lambda name: on_gpu[name]() if name in on_gpu else cpu_tables.block(name, rows)
+    return lambda name: special[name]() if name in special else cpu_tables.block(name, rows)
 
 
 def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list[Path]:
@@ -51,7 +54,7 @@ def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list
 
 def with_blocks(text: str, body: Callable[[str], str], source: str = "the text") -> str:
     """The text with new bodies between its markers, whatever stood there before."""
-    known = [*GPU_BLOCKS, *cpu_tables.names()]
+    known = [*GPU_BLOCKS, ELSEWHERE, *cpu_tables.names()]
 
     def fill(found: re.Match[str]) -> str:
         name = found["name"]

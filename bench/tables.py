@@ -10,7 +10,8 @@ NONE = "–"
 
 
 class Results:
-    """The latest run of every case, looked up by contender and metric."""
+    """The latest run of every case, looked up by contender and metric; `read` says which cases were, for a table to say
+    where its figures come from."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         latest: dict[str, list[Row]] = {}
@@ -21,17 +22,23 @@ class Results:
             if not known or row.environment == known[0].environment:
                 known.append(row)
         self.cases = {case: {(row.contender, row.metric): row for row in rows} for case, rows in latest.items()}
+        self.read: set[str] = set()
 
     def get(self, case: str, contender: str, metric: str) -> Row | None:
-        return self.cases.get(case, {}).get((contender, metric))
+        return self._of(case).get((contender, metric))
 
     def of(self, case: str, prefix: str) -> Iterator[Row]:
         """Rows of a case whose metric is `prefix`, or `prefix` relative to something."""
-        return (row for row in self.cases.get(case, {}).values() if row.metric.partition("/")[0] == prefix)
+        return (row for row in self._of(case).values() if row.metric.partition("/")[0] == prefix)
 
-    def environments(self, cases: Sequence[str] | None = None) -> list[Environment]:
-        chosen = self.cases if cases is None else cases
-        return sorted({row.environment for case in chosen for row in self.cases[case].values()}, key=lambda e: e.date)
+    def environments(self, cases: Iterable[str]) -> list[Environment]:
+        return sorted({row.environment for case in cases for row in self.cases[case].values()}, key=lambda e: e.date)
+
+    def _of(self, case: str) -> dict[tuple[str, str], Row]:
+        if case not in self.cases:
+            return {}
+        self.read.add(case)
+        return self.cases[case]
 
 
 def headline(rows: Sequence[Row], shown: Sequence[str]) -> str:
@@ -50,11 +57,11 @@ def table(title: str, lines: Sequence[dict[str, str]]) -> str:
     return f"**{title}**\n\n{body}" if title else body
 
 
-def provenance(results: Results, cases: Sequence[str] | None = None) -> str:
-    """Where the figures come from, of all cases or of these."""
+def provenance(results: Results) -> str:
+    """Where the figures that were read come from."""
     runs = [
         f"commit {e.commit}, {e.date}: {e.device}; {e.threads} threads; torch {e.torch}, Python {e.python}"
-        for e in results.environments(cases)
+        for e in results.environments(results.read)
     ]
     return (
         "Medians, in parentheses the 20th to 80th percentile of the rounds' ratios. Measured at "

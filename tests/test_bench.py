@@ -28,7 +28,7 @@ from bench.models import MODELS, scaled
 from bench.peers import ForeachRanger, rectify
 from bench.race import Agreement, Samples, Spread, agreement, order, race
 from bench.records import COLUMNS, ROOT, Environment, Row, append, read
-from bench.report import CLOSING, GPU_BLOCKS, OPENING, bodies, pages, with_blocks, write
+from bench.report import CLOSING, ELSEWHERE, GPU_BLOCKS, OPENING, bodies, pages, with_blocks, write
 from bench.rules import MIXES, RULES
 from bench.streams import STRIPPED
 from bench.sweep.__main__ import SOURCE, nvcc, summary
@@ -289,7 +289,7 @@ def test_every_block_of_the_pages_can_be_written_and_every_table_has_a_page() ->
     asked: list[str] = []
     for page in pages(ROOT):
         with_blocks(page.read_text(encoding="utf-8"), lambda name: asked.append(name) or "", str(page))
-    assert {*asked} == {*GPU_BLOCKS, *cpu_tables.names()}
+    assert {*asked} == {*GPU_BLOCKS, ELSEWHERE, *cpu_tables.names()}
     assert all(cpu_tables.block(name, []) == cpu_tables.UNMEASURED for name in cpu_tables.names())
 
 
@@ -304,6 +304,19 @@ def test_figures_of_the_pages_are_those_of_the_records() -> None:
 def test_blocks_of_a_gpu_say_so_where_nothing_was_measured(tmp_path: Path) -> None:
     body = bodies(ROOT / "bench" / "results" / "cpu.csv", tmp_path / "gpu.csv")
     assert [body(name) for name in GPU_BLOCKS] == [UNMEASURED] * len(GPU_BLOCKS)
+
+
+def test_a_block_names_the_runs_that_its_figures_come_from_and_no_other() -> None:
+    later = dataclasses.replace(HERE, date="2099-01-01T00:00:00+00:00", device="another machine")
+    mixed = dataclasses.replace(sample_rows(environment=later)[0], case="mix adam 20x1,000,000 bf16")
+    rows = [*sample_rows(), mixed]
+    assert [later.device in cpu_tables.block(name, rows) for name in ("cpu", "mixes", "cost Adam")] == [
+        False,
+        True,
+        True,
+    ]
+    assert HERE.date in cpu_tables.block("cpu", rows)
+    assert HERE.date not in cpu_tables.block("mixes", rows)
 
 
 def test_different_work_is_marked() -> None:
