@@ -35,9 +35,16 @@ void update_elements(const Run& run) {
   }
 }
 
-// Streams of 16 bits, whose vectors the compiler would shuffle more than compute. Blocks of them are converted in
-// registers, and need not keep their order, as long as all streams of a tensor have the same.
-constexpr int block = 32;
+// Streams of 16 bits, whose vectors the compiler would shuffle more than compute. A vector of them at a time is
+// converted in registers, and need not keep its order, as long as all streams of a tensor have the same.
+#if defined(__AVX512F__)
+constexpr size_t vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr size_t vector_bytes = 32;
+#else
+constexpr size_t vector_bytes = 16;
+#endif
+constexpr int block = vector_bytes / sizeof(uint16_t);
 
 template <Dtype dtype>
 struct Blocks {
@@ -46,39 +53,27 @@ struct Blocks {
   static void store(const float* from, uint16_t* to);
 };
 
-#if defined(__AVX512F__)
-constexpr size_t vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr size_t vector_bytes = 32;
-#else
-constexpr size_t vector_bytes = 16;
-#endif
-using Words = uint32_t __attribute__((vector_size(vector_bytes)));
-using Floats = float __attribute__((vector_size(vector_bytes)));
-
 // A vector of pairs becomes one of their first elements and one of their second: the upper half of a float is a bf16.
 template <>
 struct Blocks<Dtype::bf16> {
   static constexpr bool exist = true;
-  static constexpr int per_vector = vector_bytes / sizeof(float);
 
   static inline void load(const uint16_t* from, float* to) {
-    for (int i = 0; i < block; i += 2 * per_vector) {
-      Words pairs;
-      std::memcpy(&pairs, from + i, sizeof pairs);
-      const Words first = pairs << 16, second = pairs & 0xffff0000u;
-      std::memcpy(to + i, &first, sizeof first);
-      std::memcpy(to + i + per_vector, &second, sizeof second);
-    }
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    const Words first = pairs << 16, second = pairs & 0xffff0000u;
+    std::memcpy(to, &first, sizeof first);
+    std::memcpy(to + block / 2, &second, sizeof second);
   }
   static inline void store(const float* from, uint16_t* to) {
-    for (int i = 0; i < block; i += 2 * per_vector) {
-      const Words pairs = (rounded(from + i) >> 16) | (rounded(from + i + per_vector) & 0xffff0000u);
-      std::memcpy(to + i, &pairs, sizeof pairs);
-    }
+    const Words pairs = (rounded(from) >> 16) | (rounded(from + block / 2) & 0xffff0000u);
+    std::memcpy(to, &pairs, sizeof pairs);
   }
 
  private:
+  using Words = uint32_t __attribute__((vector_size(vector_bytes)));
+  using Floats = float __attribute__((vector_size(vector_bytes)));
+
   // As to_bf16, in the upper halves.
   static inline Words rounded(const float* from) {
     Floats x;
