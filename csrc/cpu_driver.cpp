@@ -195,14 +195,15 @@ T mean(const Item& item, int64_t begin, int64_t n) {
     const int64_t m = std::min(step, n - i);
     conversions<T>().accumulate(sum, g.open(begin + i, m), m);
   }
-  double hi = 0, lo = 0;
-  for (int k = 0; k < ExactSum::lanes; ++k) {
-    const double t = hi + sum.hi[k], z = t - hi;
-    lo += (hi - (t - z)) + (sum.hi[k] - z) + sum.lo[k];
-    hi = t;
-  }
+  double *const hi = sum.hi, *const lo = sum.lo;
+  for (int apart = ExactSum::lanes / 2; apart > 0; apart /= 2)
+    for (int k = 0; k < apart; ++k) {
+      const double t = hi[k] + hi[k + apart], z = t - hi[k];
+      lo[k] += (hi[k] - (t - z)) + (hi[k + apart] - z) + lo[k + apart];
+      hi[k] = t;
+    }
   // Infinities leave NaN in the error term; the plain sum then has the right value.
-  const double total = hi + lo, plain = total == total ? total : hi;
+  const double total = hi[0] + lo[0], plain = total == total ? total : hi[0];
   return static_cast<T>(plain / static_cast<double>(n));
 }
 

@@ -201,14 +201,20 @@ void accumulate(ExactSum& sum, const T* x, int64_t n) {
   double hi[L], lo[L];
   std::memcpy(hi, sum.hi, sizeof hi);
   std::memcpy(lo, sum.lo, sizeof lo);
-  for (int64_t i = 0; i < n; i += L) {
-    const int m = n - i < L ? static_cast<int>(n - i) : L;
+  const auto add = [&](const T* terms) {
     for (int k = 0; k < L; ++k) {
-      const double a = hi[k], b = k < m ? static_cast<double>(x[i + (k < m ? k : 0)]) : 0.0;
+      const double a = hi[k], b = static_cast<double>(terms[k]);
       const double t = a + b, z = t - a;
       lo[k] += (a - (t - z)) + (b - z);
       hi[k] = t;
     }
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) add(x + i);
+  if (i < n) {
+    T rest[L] = {};
+    std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
+    add(rest);
   }
   std::memcpy(sum.hi, hi, sizeof hi);
   std::memcpy(sum.lo, lo, sizeof lo);
