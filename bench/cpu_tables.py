@@ -107,6 +107,24 @@ def _rules(results: Results) -> str:
     )
 
 
+def _short(results: Results) -> str:
+    """What a newcomer wants to know of both; goals and ceilings are on the page that explains them."""
+    return table(
+        "One step on two threads, fp32",
+        [
+            {
+                "optimizer": v.case.kind.label,
+                "tensors": v.case.size,
+                OURS: time_of(v.time),
+                "fastest rival": f"{time_of(v.rival_time)} ({v.rival})",
+                "times faster": ratio_of(v.speedup),
+                "same results": v.agreement,
+            }
+            for v in (*verdicts(results, "adam"), *verdicts(results, "rules"))
+        ],
+    )
+
+
 def _compared(title: str, name: str) -> Callable[[Results], str]:
     def build(results: Results) -> str:
         return table(
@@ -331,6 +349,7 @@ def _noise(results: Results) -> str:
 
 
 _BLOCKS: dict[str, tuple[Callable[[Results], str], ...]] = {
+    "cpu short": (_short,),
     "cpu": (_adam, _rules),
     "structure": (
         _compared("Many groups, absent gradients, changing rates, misaligned tensors: Adam, fp32", "structure"),
@@ -363,5 +382,11 @@ def block(name: str, rows: Sequence[Row]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """All tables that the rows can fill, and where the figures come from."""
     results = Results(rows)
-    parts = [part for builds in _BLOCKS.values() for part in (build(results) for build in builds) if part]
+    parts = [
+        part
+        for name, builds in _BLOCKS.items()
+        if name != "cpu short"
+        for part in (build(results) for build in builds)
+        if part
+    ]
     return "\n\n".join([*parts, provenance(results)])

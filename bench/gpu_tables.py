@@ -234,6 +234,25 @@ def _noise(results: Results) -> str:
     )
 
 
+def _short(results: Results) -> str:
+    lines = [line for line in _lines(results, *SHORT_TABLES) if line.rival]
+    return table(
+        "One step, until the device is done",
+        [
+            {
+                "optimizer": line.case.kind.label,
+                "stored as": line.case.mix,
+                "tensors": line.case.size,
+                OURS: line.time(OURS),
+                **{name: cell for name, cell in line.against().items() if name != "goal"},
+            }
+            for line in lines
+        ],
+    )
+
+
+SHORT_TABLES = ("gpu small", "gpu groups", "gpu fused", "gpu roof", "gpu rules")
+SHORT: tuple[Part, ...] = (_short,)
 MAIN: tuple[Part, ...] = (
     _small,
     _groups,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench import cpu_tables, plots, tuning
-from bench.gpu_tables import MAIN, UNMEASURED, gpu_markdown
+from bench.gpu_tables import SHORT, UNMEASURED, gpu_markdown
 from bench.records import read
 
-GPU_BLOCKS = ("gpu", "gpu main", "gpu since", "tuning")
+GPU_BLOCKS = ("gpu", "gpu short", "gpu since", "tuning")
 ELSEWHERE = "cpu elsewhere"  # the block "cpu" of another machine, whose records lie in a file of their own
 OPENING, CLOSING = "<!-- bench:{name} -->", "<!-- /bench:{name} -->"
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[^>]+?) -->\n.*?<!-- /bench:(?P<end>[^>]+?) -->", re.DOTALL)
@@ -29,7 +29,7 @@ def bodies(csv: Path, gpu_csv: Path) -> Callable[[str], str]:
     special: dict[str, Callable[[], str]] = {
         ELSEWHERE: lambda: cpu_tables.block("cpu", read(other_csv) if other_csv.exists() else []),
         "gpu": lambda: gpu_markdown(gpu_rows),
-        "gpu main": lambda: gpu_markdown(gpu_rows, MAIN),
+        "gpu short": lambda: gpu_markdown(gpu_rows, SHORT),
         "gpu since": lambda: tuning.since(gpu_rows, tried) or UNMEASURED,
         "tuning": lambda: tuning.tuning_markdown(tried, swept) or UNMEASURED,
     }

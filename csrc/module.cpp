@@ -6,6 +6,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <map>
+#include <stdexcept>
+
 #include "cuda_driver.h"
 #include "plan.h"
 
@@ -73,11 +76,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init([](py::object hyper, py::object counters, py::object ignored, py::object intern, py::object memory,
                        const std::string& kernels) {
-        const auto whose = kernels == "emulated"   ? Plan::Devices::emulated
-                           : kernels == "external" ? Plan::Devices::external
-                                                   : Plan::Devices::cuda;
+        static const std::map<std::string, Plan::Devices> known = {{"cuda", Plan::Devices::cuda},
+                                                                   {"emulated", Plan::Devices::emulated},
+                                                                   {"external", Plan::Devices::external}};
+        const auto whose = known.find(kernels);
+        if (whose == known.end()) throw std::invalid_argument("fastopt: no kernels are called " + kernels);
         return translated([&] {
-          return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr(), memory.ptr(), whose);
+          return std::make_unique<Plan>(hyper.ptr(), counters.ptr(), ignored.ptr(), intern.ptr(), memory.ptr(),
+                                        whose->second);
         });
       }))
       .def("build",

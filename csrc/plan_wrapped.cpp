@@ -22,26 +22,25 @@ Ref spec_of(PyObject* tensor) {
   return Ref::steal(PyObject_GetAttr(tensor, wrapped_names().spec));
 }
 
-// A gradient placed otherwise than its parameter has other elements in its local tensor.
-void check_placements(const Ref& spec, const Ref& other) {
-  if (!spec || spec.get() == other.get()) return;
+// A gradient placed otherwise than its parameter has other elements in its local tensor, or not their sum.
+bool placed_alike(const Ref& spec, const Ref& other) {
+  if (!spec || spec.get() == other.get()) return true;
   if (!other) throw std::invalid_argument("fastopt: a distributed parameter has a gradient that is not distributed");
   const Ref ours = Ref::steal(PyObject_GetAttr(spec.get(), wrapped_names().placements));
   const Ref theirs = Ref::steal(PyObject_GetAttr(other.get(), wrapped_names().placements));
   const int equal = PyObject_RichCompareBool(ours.get(), theirs.get(), Py_EQ);
   if (equal < 0) throw PythonError{};
-  if (equal) return;
-  PyErr_Format(PyExc_ValueError,
-               "a parameter is placed as %R and its gradient as %R: redistribute the gradient before step()",
-               ours.get(), theirs.get());
-  throw PythonError{};
+  return equal;
 }
 
-Ref gradient_of(PyObject* param, const Ref& spec) {
+// The tensor within the gradient, null if there is none; false if that is not what the parameter's is.
+bool find_gradient(PyObject* param, const Ref& spec, Ref* found) {
   const Ref grad = Ref::steal(PyObject_GetAttr(param, wrapped_names().grad));
-  if (grad.get() == Py_None) return {};
-  check_placements(spec, spec_of(grad.get()));
-  return within(grad.get());
+  *found = {};
+  if (grad.get() == Py_None) return true;
+  if (!placed_alike(spec, spec_of(grad.get()))) return false;
+  *found = within(grad.get());
+  return true;
 }
 
 }  // namespace
@@ -55,7 +54,7 @@ PyObject* Plan::unwrap(Entry& entry) {
   wrapped.entry = static_cast<size_t>(&entry - entries_.data());
   wrapped.local = std::move(local);
   wrapped.spec = spec_of(param);
-  wrapped.grad = gradient_of(param, wrapped.spec);
+  find_gradient(param, wrapped.spec, &wrapped.grad);
   return wrapped.local.get();
 }
 
@@ -66,7 +65,7 @@ bool Plan::check_wrapped() {
     if (within(entry.param.get()).get() != wrapped.local.get()) return false;
     for (int k = 0; k < entry.slot_count; ++k)
       if (within(wrapped.wrappers[k].get()).get() != wrapped.slots[k].get()) return false;
-    wrapped.grad = gradient_of(entry.param.get(), wrapped.spec);
+    if (!find_gradient(entry.param.get(), wrapped.spec, &wrapped.grad)) return false;  // fastopt/engine.py places it
     found_[wrapped.entry].grad = wrapped.grad ? impl_of(wrapped.grad.get()) : nullptr;
   }
   return true;

@@ -4,9 +4,12 @@ Each command imports what it needs when it runs, so that ``info`` is quick and n
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fastopt.backends import BackendError
 
 COMPARE_EXAMPLES = """\
 examples:
@@ -18,12 +21,15 @@ For a model and a loss of your own: fastopt.compare(make_model, loss, batches) i
 """
 
 
+THREADS = "torch threads (default: 1; such small models gain nothing by more, and lose much where another job runs)"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for a request that cannot be met."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, BackendError, OSError) as error:
         print(f"fastopt: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -34,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastopt", description="Optimizers for PyTorch: look, compare, watch.")
+    parser.add_argument("--version", action="version", version=f"fastopt {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="versions, devices, and which backend serves which device")
@@ -55,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--steps", type=int, default=300, metavar="N", help="optimizer steps of each run (default: 300)"
     )
+    compare.add_argument("--threads", type=int, default=1, metavar="N", help=THREADS)
     compare.add_argument("--out", type=Path, metavar="DIR", help="write compare.csv and compare.png there")
     compare.set_defaults(run=_compare)
 
@@ -73,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--steps", type=int, metavar="N", help="steps of each training (default: 600 for digits, 250 for chars)"
     )
-    demo.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1)")
+    demo.add_argument("--threads", type=int, default=1, metavar="N", help=THREADS)
     demo.set_defaults(run=_demo)
     return parser
 
@@ -89,22 +97,41 @@ def _compare(options: argparse.Namespace) -> int:
     from . import tasks
     from .compare import compare
     from .entrants import split_names
+    from .report import need
 
     task = tasks.get(options.task)
     names = None if options.optimizers is None else split_names(options.optimizers)
-    lrs = None if options.lrs is None else [float(lr) for lr in options.lrs.split(",")]
-    result = compare(
-        task.build, task.loss, task.batches, task.evaluate,
-        optimizers=names, lrs=lrs, seeds=options.seeds, steps=options.steps,
-    )  # fmt: skip
+    lrs = None if options.lrs is None else _rates(options.lrs)
+    if options.out is not None:  # whatever is in the way of writing there is better known before the training
+        need("matplotlib", "the picture of --out")
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.out, os.W_OK):
+            raise PermissionError(f"--out={options.out}: nothing can be written there")
+    with tasks.threads(options.threads):
+        result = compare(
+            task.build, task.loss, task.batches, task.evaluate,
+            optimizers=names, lrs=lrs, seeds=options.seeds, steps=options.steps,
+        )  # fmt: skip
     print(f"{task.name}: {task.description}\n\n{result}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         result.to_csv(options.out / "compare.csv")
         print(f"\nNumbers: {options.out / 'compare.csv'}")
         result.plot(options.out / "compare.png")
         print(f"Picture: {options.out / 'compare.png'}")
     return 0
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.split(",") if rate.strip()]
+    except ValueError:
+        raise ValueError(f"--lrs={text}: accepted are numbers separated by commas, as in 1e-3,1e-2,1e-1") from None
+
+
+def _version() -> str:
+    import fastopt
+
+    return fastopt.__version__
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -143,6 +143,8 @@ def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_lrs(lrs: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(lrs, Iterable) or isinstance(lrs, str):
+        raise TypeError(f"lrs is a list of learning rates; got {lrs!r}: write [{lrs}]")
     grid = tuple(sorted({float(lr) for lr in lrs}))
     if not grid or not all(0 < lr < math.inf for lr in grid):
         raise ValueError(f"lrs must be positive numbers, at least one; got {lrs}")
@@ -192,7 +194,7 @@ def _train(job: _Job, entrant: Entrant, lr: float, seed: int, bar: Progress) -> 
     try:
         for _ in range(job.steps):
             optimizer.zero_grad()
-            value = job.loss(model, next(stream))
+            value = _checked(job.loss(model, next(stream)))
             losses.append(value.item())
             if not math.isfinite(losses[-1]):
                 break
@@ -210,6 +212,13 @@ def _train(job: _Job, entrant: Entrant, lr: float, seed: int, bar: Progress) -> 
     diverged_at = None if math.isfinite(score) else len(losses)
     bar.grow(bar.done - planned)
     return Run(entrant.name, lr, seed, score, metrics, losses, diverged_at, seconds)
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(f"loss(model, batch) returned {what}: it must return a tensor with one element")
+    return loss
 
 
 def _evaluate(job: _Job, model: nn.Module, optimizer: Optimizer, stream: Iterator[Any]) -> dict[str, float]:

@@ -19,7 +19,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -173,7 +172,7 @@ def run(
         raise ValueError(f"the demo has no optimizer {unknown[0]!r}: it races {', '.join(known)}")
     chosen = [known[name] for name in optimizers]
     count = {task.name: steps or STEPS[task.name] for task in chosen_tasks}
-    with _threads(threads), Progress(sum(count.values()) * len(chosen), progress) as bar:
+    with tasks.threads(threads), Progress(sum(count.values()) * len(chosen), progress) as bar:
         results = [race(task, pair, count[task.name], seed, bar) for task in chosen_tasks for pair in chosen]
     return Demo(tuple(results), seed, threads)
 
@@ -196,16 +195,6 @@ def race(task: tasks.Task, pair: Pair, steps: int, seed: int, bar: Progress) -> 
         with scored_weights(lane.optimizer):
             score_name, lane.score = next(iter(task.evaluate(lane.model).items()))
     return Result(task.name, pair.name, score_name, tuple(torch_lanes), ours, pair.same_rule)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    previous = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Job:
             )
 
     def setting(self, group: Group) -> Setting:
-        return Settings(self.rule, lambda chain: -1).of(group)
+        return Settings(self.rule).of(group)
 
     def unrectified(self, group: Group, t: float) -> bool:
         """Whether RAdam's step t is below the threshold."""

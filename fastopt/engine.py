@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastopt import backends, routing, stages
+from fastopt import backends, routing
 from fastopt.backends import native, reference, triton_compiled
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import TritonPlan
-from fastopt.chain import Chain
 from fastopt.plan import PythonPlan, check_state, mended_counters, missing_state
-from fastopt.rule import Rule, Setting, Settings
+from fastopt.rule import PULL, Rule, Setting, Settings
 
 TorchStep = Callable[[Optimizer], object]
 Due: TypeAlias = "bool | tuple[Tensor, int]"
@@ -57,12 +56,14 @@ class Engine:
         self.rule, self.torch_step = rule, torch_step
         self.asked = backends.wish(backend)
         self.ignored = ignored
-        compiled = backends.available("native")
-        self.settings = Settings(rule, native.chain_index if compiled else lambda chain: -1)
+        self.settings = Settings(rule, native.chain_index) if backends.available("native") else Settings(rule)
         self._plans: dict[str, Any] = {}
         self._routes: dict[int, Route] = {}
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
+        self._distributed: list[Tensor] = []
+        self._misplaced: dict[Tensor, Tensor] = {}  # gradients as they were before this step redistributed them
+        self._redistributes = False
         self.whole_step: Callable[[dict[str, Any]], bool] | None = None
         """A step like the last one in a single call, if one plan does it all: see `native.Plan.whole_step`."""
         self.counts: list[bool] = []  # by group, whether its steps are counted on a device, where nobody waits for them
@@ -75,6 +76,17 @@ class Engine:
         """
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
         given = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
+        try:
+            if self._distributed:
+                self._place_gradients()
+            return self._step(optimizer, given, sync)
+        finally:
+            # A gradient that was unscaled where it lies stays: its old one is still scaled.
+            for p, grad in self._misplaced.items() if given.scale is None else ():
+                p.grad = grad
+            self._misplaced.clear()
+
+    def _step(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> bool:
         scaled = self._settled(given)
         if scaled is None:
             return False
@@ -100,10 +112,20 @@ class Engine:
             plan.launch(scaled)
         if self._fresh:
             self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
-        if self.whole_step is None and len(self._plans) == 1 and not self._torch and not self._fresh:
+        alone = len(self._plans) == 1 and not (self._torch or self._fresh or self._redistributes)
+        if self.whole_step is None and alone:
             (plan,) = self._plans.values()
             self.whole_step = plan.whole_step if isinstance(plan, native.Plan) else None
         return True
+
+    def _place_gradients(self) -> None:
+        """For this step, place gradients as their parameters are: replicated parameters of sequence parallelism have
+        partial sums. torch's operators do so one by one; here it is one exchange, in every process the same."""
+        for p in self._distributed:
+            if (placed := routing.redistributed(p)) is not None:
+                assert p.grad is not None
+                self._misplaced[p], p.grad = p.grad, placed
+                self._redistributes, self.whole_step = True, None
 
     def _settled(self, scaled: Amp) -> Amp | None:
         """`scaled` without an overflow that cannot be left to the kernels; None if there was one."""
@@ -139,6 +161,8 @@ class Engine:
         self._routes = self.routes(optimizer)
         params = [p for group in groups for p in group["params"]]
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
+        self._distributed = [p for p in params if routing.within(p) is not p]
+        self._place_gradients()
         self._create_state(optimizer)
         self.counts = [self._counts(optimizer, group) for group in groups]
         used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
@@ -205,6 +229,7 @@ class Engine:
             raise RuntimeError(f"capturable=True, but the kernels do not take a parameter on {p.device}: {reason}")
         if reason:
             return Route(rest, reason, passing=reason == routing.RELEASED)
+        routing.check_grad_kind(p)
         if p.grad is not None and (reason := routing.why_not_grad(p.grad)):
             return Route(rest, reason, passing=True)
         chosen = backends.choose(p.device.type, self.asked)
@@ -257,11 +282,7 @@ class Engine:
         """Divide gradients by the loss scale and write them back, as torch's fused kernels and those of devices do."""
         params = [p for group in optimizer.param_groups for p in group["params"] if not self._routes[id(p)].device]
         grads = [p.grad for p in params if p.grad is not None]
-        if any(grad.layout == torch.strided and routing._overlaps_itself(grad) for grad in grads):
-            raise RuntimeError(
-                "a scaled gradient whose elements share memory cannot be unscaled in place: "
-                "give p.grad memory of its own"
-            )
+        routing.refuse_shared_memory(grads)
         with torch.no_grad():
             for grad in grads:
                 grad.div_(scale.to(grad.device))
@@ -292,10 +313,7 @@ def pull_back(p: Tensor, slow: Tensor | None, alpha: float) -> None:
     """Synchronise one parameter with its slow weights in torch code."""
     if slow is not None:
         local = routing.within(p)
-        reference.launch(_PULL, local, local, [routing.within(slow)], (alpha,), 0)
-
-
-_PULL = Chain((stages.lookahead,))
+        reference.launch(PULL, local, local, [routing.within(slow)], (alpha,), 0)
 
 
 @contextmanager

@@ -44,7 +44,9 @@ def default_names() -> list[str]:
 def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None) -> list[Entrant]:
     """The entrants that ``specs`` stand for, each built once on a dummy parameter to find mistakes before training."""
     if isinstance(specs, str):
-        raise TypeError(f"optimizers must be a list or a mapping, got the string {specs!r}: write [{specs!r}]")
+        raise TypeError(
+            f"optimizers must be a list or a mapping, got the string {specs!r}: write {split_names(specs) or ['Adam']}"
+        )
     if specs is None:
         specs = default_names()
     labelled = specs.items() if isinstance(specs, Mapping) else [("", spec) for spec in specs]
@@ -57,8 +59,14 @@ def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None
             f"two optimizers share the name {repeated[0]!r}: name them, as in optimizers={{'one': ..., 'other': ...}}"
         )
     for entrant in found:
-        entrant.make([torch.zeros(1, requires_grad=True)], entrant.default_lr)
+        _try(entrant)
     return found
+
+
+def _try(entrant: Entrant) -> None:
+    made: object = entrant.make([torch.zeros(1, requires_grad=True)], entrant.default_lr)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"{entrant.name} made a {type(made).__name__}: a callable (params, lr) returns an Optimizer")
 
 
 def split_names(text: str) -> list[str]:
@@ -139,7 +147,7 @@ def _class(node: ast.expr, text: str) -> tuple[str, type[Optimizer]]:
     accepted = [prefix + name for name in known] + ([] if prefix else ["AMSGrad"])
     close = difflib.get_close_matches((prefix + wanted).lower(), [name.lower() for name in accepted], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise ValueError(f"unknown optimizer {prefix + wanted!r}: {hint}The names are {', '.join(accepted)}")
+    raise ValueError(f"unknown optimizer {prefix + wanted!r}: {hint}the names are {', '.join(accepted)}")
 
 
 def _public() -> dict[str, type[Optimizer]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastopt import routing
 from fastopt.engine import Engine, Route
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.lookahead import Lookahead
@@ -89,7 +91,8 @@ def explain(optimizer: Optimizer) -> Explanation:
 
     Groups with their hyper-parameters and the bytes of parameters and state; which backend takes how many tensors in
     how many launches, and the bytes it reads and writes per step (slow weights counted at 1/k); which tensors fall back
-    to other code, and why. State that does not exist yet is counted as it will be. Nothing is changed.
+    to other code, and why. State that does not exist yet is counted as it will be; of what is sharded, bytes are those
+    of this process. Nothing is changed.
 
     Args:
         optimizer: One of ours.
@@ -109,7 +112,7 @@ def explain(optimizer: Optimizer) -> Explanation:
     for i, group in enumerate(owner.param_groups):
         setting = engine.settings.of(group)
         params: list[Tensor] = group["params"]
-        groups.append(_group_row(i, group, setting))
+        groups.append(_group_row(i, group, setting, owner))
         for k, p in enumerate(params):
             route = routes[id(p)]
             taker = Route(route.backend, device=route.device)
@@ -130,24 +133,46 @@ def _engine(optimizer: Optimizer) -> tuple[Engine, Optimizer, Any]:
         return optimizer.engine(), optimizer.optimizer, lambda group: group["lookahead_k"]
     if isinstance(optimizer, Fused):
         return optimizer.engine(), optimizer, lambda group: group.get("k", 1)
+    if isinstance(optimizer, Lookahead):
+        inner = type(optimizer.optimizer).__name__
+        raise TypeError(
+            f"this Lookahead runs as torch code around {inner}, whose step it cannot extend, so there is no plan to "
+            "explain: wrap one of fastopt's optimizers that has no slow weights of its own (fastopt.convert(optimizer) "
+            "makes one of torch.optim's, before Lookahead is put around it)"
+        )
     raise TypeError(
         f"explain() needs an optimizer of fastopt, got {type(optimizer).__name__}; fastopt.convert(optimizer) makes it "
         "one if it has a counterpart"
     )
 
 
-def _group_row(index: int, group: dict[str, Any], setting: Setting) -> GroupRow:
+def _size_of(t: Tensor) -> int:
+    """Bytes in this process."""
+    t = routing.within(t)
+    return t.numel() * t.element_size()
+
+
+def _state_bytes(p: Tensor, setting: Setting, owner: Optimizer) -> dict[str, int]:
+    """Of each state tensor by its name in the rule, as it is stored or will be."""
+    own = owner.state.get(p, {})
+    return {
+        name: _size_of(tensor if isinstance(tensor := own.get(slot.key), Tensor) else p)
+        for name, slot in setting.named_slots.items()
+    }
+
+
+def _group_row(index: int, group: dict[str, Any], setting: Setting, owner: Optimizer) -> GroupRow:
     params: list[Tensor] = group["params"]
     hyper = ", ".join(
         f"{key}={_number(value)}" for key, value in group.items() if key not in _HIDDEN and value is not False
     )
-    state = sum(p.numel() * p.element_size() for p in params) * len(setting.slots)
+    state = sum(sum(_state_bytes(p, setting, owner).values()) for p in params)
     counters = 4 * len(setting.rule.counters) * len(params)
     return GroupRow(
         index,
         len(params),
         sum(p.numel() for p in params),
-        sum(p.numel() * p.element_size() for p in params),
+        sum(map(_size_of, params)),
         state + counters,
         hyper,
     )
@@ -158,10 +183,12 @@ def _backend_row(
 ) -> BackendRow:
     moved = 0.0
     for p, setting, period in taken:
-        size = p.numel() * p.element_size()
-        moved += size * (3 + 2 * len(setting.chain.state))  # g and p read, p written; states read and written
+        state = _state_bytes(p, setting, owner)
+        gradient = _size_of(p if p.grad is None or p.grad.layout != torch.strided else p.grad)
+        # Of g, p and the states, all are read and all but g written.
+        moved += gradient + 2 * (_size_of(p) + sum(state[name] for name in setting.chain.state))
         if setting.rule.slow is not None:
-            moved += 2 * size / period
+            moved += 2 * state["slow"] / period
     code = chain if route.backend != "torch" else "torch.optim code"
     return BackendRow(route.backend, device, code, len(taken), _launches(route, taken, owner), round(moved))
 

@@ -114,6 +114,8 @@ def _translated(job: Job, source: Source, checkpoint: StateDict, ours: list[Grou
     state: dict[Any, States] = {}
     for job.at, (saved, own) in enumerate(zip(saved_groups, ours, strict=True)):
         source.check(job, saved)
+        if source.counterparts is None and (missing := job.rule.lacking(saved)):
+            raise job.refuse(f"it has no {listed(missing)}, which {job.kind} needs: another optimizer saved it")
         group = _completed(job, source, source.group(job, dict(saved)), own)
         groups.append(group)
         saved_states = {name: checkpoint["state"].get(name) for name in saved["params"]}

@@ -22,6 +22,9 @@ class Info:
     backends: dict[tuple[str, str], str]
     """(device, backend) -> why it cannot run there, empty if it can."""
     chosen: dict[str, str]
+    """device -> the backend that serves it, "torch" for torch's own code, "none" where what was asked for cannot."""
+    refused: tuple[str, ...] = ()
+    """What the environment asks for and cannot have, and what to do."""
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
@@ -37,6 +40,7 @@ class Info:
                     "",
                     f"On {device}, classes that torch has run torch.optim's code; the others, the reference backend.",
                 ]
+        lines += ["", *self.refused] if self.refused else []
         return "\n".join(lines)
 
 
@@ -55,8 +59,17 @@ def info() -> Info:
         devices["cuda"] = f"none that torch can use, though it was built for CUDA {torch.version.cuda}"
     reasons = {(device, name): backends.why_not(name, device) for device in devices for name in backends.NAMES}
     usable = [device for device in devices if device == "cpu" or torch.cuda.is_available()]
-    chosen = {device: backends.choose(device, backends.wish(None)) or "torch" for device in usable}
-    return Info(_versions(), devices, reasons, chosen)
+    chosen: dict[str, str] = {}
+    refused: list[str] = []
+    for device in usable:
+        try:
+            chosen[device] = backends.choose(device, backends.wish(None)) or "torch"
+        except (backends.BackendError, ValueError) as error:
+            chosen[device] = "none"
+            refused.append(
+                f"FASTOPT_BACKEND is set, and on {device} every optimizer without a backend= of its own raises: {error}"
+            )
+    return Info(_versions(), devices, reasons, chosen, tuple(dict.fromkeys(refused)))
 
 
 def _versions() -> dict[str, str]:
@@ -78,7 +91,10 @@ def _cuda_kernels() -> str:
 
 def _cpu() -> str:
     module = native.extension()
-    kernels = f"kernels for {module.instruction_set()}" if module else "no kernels"
+    try:
+        kernels = f"kernels for {module.instruction_set()}" if module else "no kernels"
+    except ValueError as error:  # FASTOPT_ISA names what this processor or this build does not have
+        kernels = f"no kernels ({error})"
     fused = "" if all(reference.fma_is_fused().values()) else "not "
     threads = torch.get_num_threads()
     return f"{platform.machine()}, {threads} threads, {kernels}, torch's multiply-add is {fused}fused"

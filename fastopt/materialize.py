@@ -45,7 +45,7 @@ def materialize_state(optimizer: Optimizer) -> None:
             f"optimizer is a {type(inner).__module__}.{type(inner).__name__}, whose state only its own step can make; "
             "fastopt.convert(optimizer) makes one of ours from torch.optim's"
         )
-    settings = Settings(inner.rule, lambda chain: -1)
+    settings = Settings(inner.rule)
     pending: list[tuple[Tensor, dict[str, Tensor]]] = []
     for i, group in enumerate(inner.param_groups):
         setting = settings.of(group)

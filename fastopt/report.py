@@ -27,7 +27,7 @@ def need(module: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         package = {"sklearn": "scikit-learn"}.get(top := module.partition(".")[0], top)
         raise ModuleNotFoundError(
-            f'{purpose} needs {package}, which is not installed; install it with: pip install "fastopt[demo]"', name=top
+            f"{purpose} needs {package}, which is not installed; install it with: pip install {package}", name=top
         ) from error
 
 

@@ -48,9 +48,24 @@ def check_placements(p: Tensor) -> None:
         return
     theirs = None if other is None else other.placements
     if theirs != spec.placements:
-        raise ValueError(
-            f"a parameter is placed as {spec.placements} and its gradient as {theirs}: redistribute the gradient "
-            "before step()"
+        raise ValueError(f"a parameter is placed as {spec.placements} and its gradient as {theirs}")
+
+
+def redistributed(p: Tensor) -> Tensor | None:
+    """The gradient of p placed as p is, for which processes exchange their shares; None if it is placed so."""
+    spec, other = getattr(p, "_spec", None), getattr(p.grad, "_spec", None)
+    if spec is None or other is None or spec is other or spec.placements == other.placements:
+        return None
+    placed: Tensor = p.grad.redistribute(spec.mesh, spec.placements)  # type: ignore[union-attr]
+    return placed
+
+
+def check_grad_kind(p: Tensor) -> None:
+    """Reject a distributed gradient of a parameter that is not distributed."""
+    if p.grad is not None and within(p.grad) is not p.grad and within(p) is p:
+        raise RuntimeError(
+            f"the gradient of a {type(p).__name__} of shape {tuple(p.shape)} is a {type(p.grad).__name__}, whose local "
+            "tensor is only a part of it: give p.grad.full_tensor(), or distribute the parameter too"
         )
 
 
@@ -108,6 +123,14 @@ def _overlaps_itself(t: Tensor) -> bool:
             return True
         reach = stride * n
     return False
+
+
+def refuse_shared_memory(grads: Iterable[Tensor]) -> None:
+    """For gradients that are about to be divided in place."""
+    if any(grad.layout == torch.strided and _overlaps_itself(grad) for grad in grads):
+        raise RuntimeError(
+            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
+        )
 
 
 def sharing(params: Iterable[Tensor]) -> set[int]:

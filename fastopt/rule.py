@@ -90,12 +90,18 @@ class Rule(ABC):
 
     hyper: Sequence[str] = ()
     """Keys of the parameter groups that the rule reads, beside `FLAGS`."""
+    optional: Sequence[str] = ()
+    """Those of them that a checkpoint may lack, for it is older than they are; the class fills them in."""
     counters: Mapping[str, float] = MappingProxyType({"step": 0.0})
     """0-dim state: its keys and first values. The first counts steps; a second one is carried from step to step."""
     decouples = False
     """Whether ``decoupled_weight_decay`` may turn weight decay into a factor on the parameter."""
     slow: Slot | None = None
     """Where the slow weights live, for rules that have them."""
+
+    def lacking(self, group: Mapping[str, Any]) -> list[str]:
+        """Hyper-parameters without which a saved group is not one of this rule's."""
+        return [key for key in self.hyper if key not in group and key not in self.optional]
 
     @abstractmethod
     def update(self, h: Hyper) -> tuple[Stage, ...]:
@@ -265,9 +271,10 @@ class Setting:
     def row(self, t: float, carry: float, single: bool, sync: bool) -> tuple[int, int, int, tuple[float, ...], float]:
         """`at` for the compiled plan: chain index, first slot, number of slots, coefficients, second counter."""
         row = self.at(t, carry, single, sync)
-        return self._index(row.chain), self._first_slot(row.chain), len(row.chain.state), row.coefficients, row.carry
+        return self._index(row.chain), self.first_slot(row.chain), len(row.chain.state), row.coefficients, row.carry
 
-    def _first_slot(self, chain: Chain) -> int:
+    def first_slot(self, chain: Chain) -> int:
+        """Where in `slots` the states begin that a chain takes."""
         return len(self.slots) - 1 if chain is PULL else 0
 
     @torch.no_grad()
@@ -299,7 +306,7 @@ class Setting:
                     rows.append(DeviceRow(self._chain(waits, synchronised), 0, matrix, active))
         pulls = rule.slow is not None and not rule.period(h)
         if pulls and (active := _both(t == 0, syncing)) is not None:
-            rows.append(DeviceRow(PULL, self._first_slot(PULL), _matrix(t, self._slow_values(h, True)), active))
+            rows.append(DeviceRow(PULL, self.first_slot(PULL), _matrix(t, self._slow_values(h, True)), active))
         return rows, None if carry is None else torch.where(stepped, carried, carry)
 
     def chains(self) -> list[Chain | None]:
@@ -373,7 +380,7 @@ PULL = _chain((stages.lookahead,))
 class Settings:
     """Makes settings from parameter groups, one for each distinct set of values."""
 
-    def __init__(self, rule: Rule, chain_index: Callable[[Chain], int]) -> None:
+    def __init__(self, rule: Rule, chain_index: Callable[[Chain], int] = lambda chain: -1) -> None:
         self.rule, self._index = rule, chain_index
         self.keys = tuple(dict.fromkeys((*rule.hyper, *FLAGS)))
         self._known: dict[tuple[Any, ...], Setting] = {}

@@ -63,6 +63,19 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch inside."""
+    if count < 1:
+        raise ValueError(f"threads must be at least 1; got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def digits() -> Task:
     """Classify 8x8 handwritten digits with a 64-64-10 perceptron, batches of 64; a fifth of the images is held out."""
     (train_x, train_y), held_out = _digits_data()

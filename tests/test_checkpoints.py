@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -345,3 +346,54 @@ def test_zero_redundancy_style_construction() -> None:
             k: v for k, v in optimizer.defaults.items() if not (name == "AdamW" and k == "decoupled_weight_decay")
         })  # fmt: skip
         assert clone.defaults == optimizer.defaults
+
+
+# Whose checkpoints go on under whose rule: those that hold all that it needs, as in torch.
+RELATED = {
+    *itertools.permutations(("Adam", "AdamW", "RAdam"), 2),
+    *(("NAdam", other) for other in ("Adam", "AdamW", "RAdam", "Ranger")),
+    *((other, "Ranger") for other in ("Adam", "AdamW", "RAdam")),
+    *(("Ranger", other) for other in ("Adam", "AdamW", "RAdam")),
+}
+STEPPING = (*TORCH_NAMES, "Ranger")
+
+
+@pytest.mark.parametrize(("saved", "loading"), [*itertools.permutations(STEPPING, 2)])
+def test_another_rules_checkpoint_is_refused_before_anything_changes(saved: str, loading: str) -> None:
+    (p,) = ps = [torch.nn.Parameter(torch.ones(4))]
+    p.grad = torch.ones(4)
+    options = {"momentum": 0.9} if saved == "SGD" else {}
+    source, optimizer = getattr(fastopt, saved)(ps, lr=0.5, **options), getattr(fastopt, loading)(ps, lr=0.25)
+    source.step()
+    if (saved, loading) in RELATED:
+        optimizer.load_state_dict(source.state_dict())
+        optimizer.step()
+        assert optimizer.state[p]["step"] == 2
+        return
+    before = str(optimizer.state_dict())  # four elements: all of them are in it
+    with pytest.raises(ValueError, match=f"which {loading} needs"):
+        optimizer.load_state_dict(source.state_dict())
+    assert str(optimizer.state_dict()) == before
+    # Nor is one imported whose state is yet to come, so that only its groups tell.
+    if optimizer.rule.lacking(source.param_groups[0]):
+        with pytest.raises(ValueError, match=f"which {loading} needs"):
+            fastopt.import_state(optimizer, {**source.state_dict(), "state": {}}, source="torch")
+        assert str(optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", TORCH_NAMES)
+def test_a_checkpoint_older_than_some_hyper_parameters_loads_as_in_torch(name: str) -> None:
+    (p,) = ps = [torch.nn.Parameter(torch.ones(4))]
+    p.grad = torch.ones(4)
+    ours, theirs = getattr(fastopt, name), getattr(torch.optim, name)
+    (source := theirs(ps, lr=0.5)).step()
+    saved = source.state_dict()
+    newer = {*ours.rule.optional, "maximize", "foreach", "capturable", "differentiable", "fused"}
+    for key in newer & saved["param_groups"][0].keys():
+        del saved["param_groups"][0][key]
+    groups = []
+    for cls in (ours, theirs):
+        optimizer = cls(ps, lr=0.25)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        groups.append({key: value for key, value in optimizer.param_groups[0].items() if key != "params"})
+    assert groups[0] == groups[1]

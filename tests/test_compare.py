@@ -275,7 +275,7 @@ class TestOutput:
         assert lines[-1].startswith("100%  100/100 steps  loss 99")
 
     def test_a_missing_extra_says_how_to_get_it(self):
-        with pytest.raises(ModuleNotFoundError, match=r'drawing needs no_such_module.*pip install "fastopt\[demo\]"'):
+        with pytest.raises(ModuleNotFoundError, match=r"drawing needs no_such_module.*pip install no_such_module"):
             report.need("no_such_module.inner", "drawing")
 
 
@@ -343,7 +343,10 @@ class TestBadInput:
             ({"optimizers": [3]}, TypeError, "got int: 3"),
             ({"optimizers": [nn.Linear]}, TypeError, "derived from torch.optim.Optimizer; got Linear"),
             ({"optimizers": [fastopt.Lookahead]}, TypeError, r"such as 'Lookahead\(Adam\)'"),
+            ({"optimizers": "adam, sgd"}, TypeError, r"write \['adam', 'sgd'\]"),
+            ({"optimizers": [lambda params, lr: None]}, TypeError, "returns an Optimizer"),
             ({"lrs": []}, ValueError, "at least one"),
+            ({"lrs": 0.1}, TypeError, r"write \[0.1\]"),
             ({"lrs": [0.1, -1.0]}, ValueError, "positive"),
             ({"seeds": 0}, ValueError, "at least 1"),
             ({"seeds": [1, 1]}, ValueError, "different"),
@@ -369,6 +372,11 @@ class TestBadInput:
     def test_a_model_instead_of_a_function(self):
         with pytest.raises(TypeError, match="lambda: Net"):
             compare(make_model(), loss, shuffled, progress=False)
+
+    @pytest.mark.parametrize("wrong", [lambda model, x: 1.0, lambda model, x: model(x)])
+    def test_a_loss_that_is_none(self, wrong):
+        with pytest.raises(TypeError, match="must return a tensor with one element"):
+            compare(make_model, wrong, shuffled, optimizers=["SGD"], lrs=[0.1], progress=False)
 
     def test_a_data_loader_starts_over(self):
         loader = torch.utils.data.DataLoader(DATA, batch_size=64, shuffle=True)
@@ -428,7 +436,9 @@ class TestCommand:
         [
             (["compare", "--optimizers", "adm"], "unknown optimizer 'adm'"),
             (["compare", "--task", "mnist"], "unknown task 'mnist'"),
-            (["compare", "--lrs", "fast"], "could not convert string to float: 'fast'"),
+            (["compare", "--lrs", "fast"], "--lrs=fast: accepted are numbers separated by commas"),
+            (["compare", "--threads", "0"], "threads must be at least 1"),
+            (["compare", "--out", "/proc/no/such"], "/proc/no"),
         ],
     )
     def test_a_mistake_is_a_sentence_not_a_traceback(self, arguments, message, capsys):
@@ -438,3 +448,19 @@ class TestCommand:
     def test_info_prints(self, capsys):
         assert main(["info"]) == 0
         assert str(fastopt.info()) in capsys.readouterr().out
+
+    def test_a_missing_library_for_the_picture_is_known_before_the_training(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setattr(sys.modules["fastopt.compare"], "compare", lambda *args, **kwargs: pytest.fail("trained"))
+        assert main(["compare", "--out", str(tmp_path)]) == 2
+        assert "needs matplotlib" in capsys.readouterr().err
+
+    def test_a_backend_that_cannot_run_is_a_sentence(self, capsys, monkeypatch):
+        monkeypatch.setenv("FASTOPT_BACKEND", "triton")
+        assert main(["compare", "--optimizers", "adam", "--lrs", "1e-3,", "--steps", "1", "--seeds", "1"]) == 2
+        assert "'triton' was asked for" in capsys.readouterr().err
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert capsys.readouterr().out == f"fastopt {fastopt.__version__}\n"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pathlib
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import oracles
@@ -89,6 +92,10 @@ def _decaying(ps: list[Any]) -> list[dict[str, Any]]:
     return [{"params": ps[:1], "weight_decay": 0.0}, {"params": ps[1:], "weight_decay": 0.05}]
 
 
+def _decay_warning(expected: bool) -> Any:
+    return pytest.warns(UserWarning, match="weight_decay=0.05 of group 1 was") if expected else nullcontext()
+
+
 @pytest.mark.contract("import")
 @parametrize(by_id("sgd-momentum", "adamw", "radam", "ranger"), ("fp32",))
 def test_handing_over_to_another_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -99,7 +106,8 @@ def test_handing_over_to_another_rule(case: Case, dtype: torch.dtype, backend: s
         for ps, o in ((ours, source), (theirs, twin)):
             give_gradients(ps, step)
             o.step()
-    optimizer = fastopt.convert(source, getattr(fastopt, case.name), **case.kwargs, backend=backend)
+    with _decay_warning(case.name in ("AdamW", "Ranger")):
+        optimizer = fastopt.convert(source, getattr(fastopt, case.name), **case.kwargs, backend=backend)
     assert type(optimizer) is getattr(fastopt, case.name)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.05]
     assert all(g["lr"] == case.kwargs["lr"] for g in optimizer.param_groups)
@@ -110,6 +118,46 @@ def test_handing_over_to_another_rule(case: Case, dtype: torch.dtype, backend: s
             o.step()
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
     assert source.state[ours[0]]["step"] == 6, "the old optimizer's state is its own"
+
+
+@pytest.mark.contract("import")
+@pytest.mark.parametrize("to", ["Adam", "NAdam", "RAdam"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_decay_stays_what_it_is(to: str, decoupled: bool, recwarn: pytest.WarningsRecorder) -> None:
+    ps = params(9)
+    for module in (torch.optim, fastopt):
+        source = (module.AdamW if decoupled else module.Adamax)(ps, weight_decay=0.5)
+        group = fastopt.convert(source, getattr(fastopt, to), lr=0.1).param_groups[0]
+        assert (group["weight_decay"], group["decoupled_weight_decay"]) == (0.5, decoupled)
+        chosen = fastopt.convert(source, getattr(fastopt, to), decoupled_weight_decay=not decoupled, weight_decay=0.1)
+        assert chosen.param_groups[0]["decoupled_weight_decay"] is not decoupled
+    assert not recwarn.list
+
+
+@pytest.mark.contract("import")
+@pytest.mark.parametrize(
+    ("of", "to", "warns"),
+    [("AdamW", "SGD", True), ("SGD", "AdamW", True), ("Ranger", "AdamW", False), ("AdamW", "Ranger", False)],
+)
+def test_decay_that_cannot_stay_what_it_is_warns(of: str, to: str, warns: bool) -> None:
+    source = getattr(fastopt, of)(_decaying(params(3, 4)), lr=0.1)
+    with _decay_warning(warns):
+        fastopt.convert(source, getattr(fastopt, to), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastopt.convert(source, getattr(fastopt, to), lr=0.1, weight_decay=0.0)
+
+
+@pytest.mark.contract("import")
+def test_keys_of_the_user_follow_to_another_rule_and_those_of_schedulers_do_not() -> None:
+    source = torch.optim.SGD([{"params": params(3), "lr_scale": 0.5, "name": "body"}], lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(source, 1.0, total_steps=10)
+    (group,) = fastopt.convert(fastopt.Lookahead(fastopt.convert(source)), fastopt.Adam, lr=0.2).param_groups
+    fresh = fastopt.Adam(params(3), lr=0.2).param_groups[0]
+    assert group.keys() - fresh.keys() == {"lr_scale", "name"}
+    assert {k: v for k, v in group.items() if k in fresh and k != "params"} == {
+        k: v for k, v in fresh.items() if k != "params"
+    }
 
 
 @pytest.mark.contract("import")
@@ -138,6 +186,22 @@ def test_a_subclass_of_a_torch_class_converts() -> None:
         pass
 
     assert type(fastopt.convert(Mine(params(3)))) is fastopt.AdamW
+
+
+@pytest.mark.contract("import")
+def test_a_subclass_with_a_step_of_its_own_is_not_replaced_unasked() -> None:
+    class Clipping(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    (p,) = ps = params(3)
+    source = Clipping(ps)
+    give_gradients(ps)
+    source.step()
+    with pytest.raises(TypeError, match=r"Clipping has a step\(\) of its own.*convert\(optimizer, fastopt.Adam\)"):
+        fastopt.convert(source)
+    optimizer = fastopt.convert(source, fastopt.Adam)
+    assert optimizer.state[p]["exp_avg"] is source.state[p]["exp_avg"], "asked for, it goes on from where it was"
 
 
 @pytest.mark.contract("import")
@@ -201,6 +265,26 @@ def test_explain_counts_bytes_and_launches(what: str, dtype: torch.dtype, backen
         optimizer.step()
     held = [v for s in optimizer.state.values() for v in s.values()]
     assert sum(v.numel() * v.element_size() for v in held) == explanation.groups[0].state_bytes
+
+
+@native_only
+def test_explain_counts_state_as_it_is_stored(backend: str) -> None:
+    """float32 states of a bfloat16 parameter, by hand: 2 bytes an element for p, g and the slow weights."""
+    ps = params(1000, dtype=torch.bfloat16)
+    optimizer = fastopt.Ranger(ps, k=4)
+    give_gradients(ps)
+    optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[ps[0]][key] = optimizer.state[ps[0]][key].float()
+    explanation = fastopt.explain(optimizer)
+    assert explanation.groups[0].state_bytes == 1000 * (4 + 4 + 2) + 4
+    assert explanation.backends[0].bytes_per_step == 1000 * (2 + 2 * (2 + 4 + 4) + 2 * 2 / 4)
+
+
+def test_explain_says_what_a_lookahead_in_torch_code_lacks() -> None:
+    for inner in (torch.optim.Adam(params(3)), fastopt.Ranger(params(3))):
+        with pytest.raises(TypeError, match=f"torch code around {type(inner).__name__}"):
+            fastopt.explain(fastopt.Lookahead(inner))
 
 
 def test_explain_changes_nothing() -> None:
@@ -280,3 +364,23 @@ def test_backends_that_do_not_exist_or_do_not_serve_a_device() -> None:
     assert not fastopt.backends.available("native", "xpu")
     with pytest.raises(ValueError, match="nonsense"):
         fastopt.backends.why_not("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("BACKEND", "triton", "was asked for"), ("BACKEND", "nonsense", "unset it"), ("ISA", "abacus", "no kernels")],
+)
+def test_info_shows_what_the_environment_cannot_have(name: str, value: str, words: str) -> None:
+    root = pathlib.Path(fastopt.__file__).resolve().parents[1]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastopt", "info"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, f"FASTOPT_{name}": value},
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"FASTOPT_{name}" in result.stdout
+    assert words in result.stdout
+    assert torch.__version__ in result.stdout

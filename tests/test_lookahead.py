@@ -533,6 +533,9 @@ def test_slow_weights_context(inner: str) -> None:
     with pytest.raises(KeyError), optimizer.slow_weights():
         raise KeyError
     assert same(ps, fast)
+    with optimizer.slow_weights(), pytest.raises(RuntimeError, match="would be undone"):
+        optimizer.step()
+    assert same(ps, fast)
     assert same([optimizer.state[p]["slow_param"] for p in ps], slow)
     free = params()
     train(other := fastopt.Lookahead(INNER[inner](free), k=5, alpha=0.5), free, 0, 10)

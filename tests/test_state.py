@@ -92,7 +92,7 @@ def test_counters_come_to_where_step_is(step: str | None, product: str) -> None:
     with FakeTensorMode():
         p = torch.nn.Parameter(torch.ones(3, device="cuda"))
         state = {"mu_product": torch.ones((), device=product)} | ({"step": torch.ones((), device=step)} if step else {})
-        setting = Settings(fastopt.NAdam.rule, lambda chain: -1).of(fastopt.NAdam([p]).param_groups[0])
+        setting = Settings(fastopt.NAdam.rule).of(fastopt.NAdam([p]).param_groups[0])
         counters = state | missing_state(setting, p, state)
     wanted = step or "cpu"
     assert {key: counters[key].device.type for key in ("step", "mu_product")} == {"step": wanted, "mu_product": wanted}

@@ -22,6 +22,13 @@ _WHY_NOT: dict[str, Callable[[str], str]] = {
 }
 
 
+OR_NONE = ", or None to choose automatically"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run where it would have to."""
+
+
 def why_not(name: str, device: str = "cpu") -> str:
     """Why backend `name` cannot run on `device` (a device type), and what to do; empty if it can."""
     return _WHY_NOT[checked(name)](device)
@@ -39,20 +46,18 @@ def available(name: str, device: str = "cpu") -> bool:
     return not why_not(name, device)
 
 
-def checked(name: str, source: str = "backend") -> str:
+def checked(name: str, source: str = "backend", otherwise: str = "") -> str:
     if name not in _WHY_NOT:
-        raise ValueError(
-            f"{source}={name!r}: accepted are {', '.join(map(repr, NAMES))}, or None to choose automatically"
-        )
+        raise ValueError(f"{source}={name!r}: accepted are {', '.join(map(repr, NAMES))}{otherwise}")
     return name
 
 
 def wish(explicit: str | None) -> str | None:
     """The backend that was asked for: by argument, else by the environment variable FASTOPT_BACKEND."""
     if explicit is not None:
-        return checked(explicit)
+        return checked(explicit, otherwise=OR_NONE)
     name = os.environ.get("FASTOPT_BACKEND") or None
-    return name and checked(name, "FASTOPT_BACKEND")
+    return name and checked(name, "FASTOPT_BACKEND", "; unset it to choose automatically")
 
 
 def choose(device: str, asked: str | None) -> str | None:
@@ -63,7 +68,7 @@ def choose(device: str, asked: str | None) -> str | None:
     """
     if asked is not None:
         if reason := why_not(asked, device):
-            raise RuntimeError(f"backend {asked!r} was asked for on device {device!r}: {reason}")
+            raise BackendError(f"backend {asked!r} was asked for on device {device!r}: {reason}")
         return asked
     if available("native", device):
         return "native"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -19,7 +20,10 @@ from fastopt.chain import Chain
 
 Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
 """Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""
-_REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps fastopt` (or `make build`)"
+_REBUILD = (
+    "rebuild it in fastopt's source tree, with `make build` or with "
+    "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+)
 
 
 @cache
@@ -27,22 +31,32 @@ def _load() -> tuple[ModuleType | None, str]:
     """The extension, or why there is none; one built for another torch may crash, so its stamp is read first."""
     spec = importlib.util.find_spec("fastopt._C")
     if spec is None or spec.origin is None:
-        return None, (
+        return _warned(
             "the compiled extension is not installed (it needs torch, ninja and a C++20 compiler at install time): "
             "install a compiler, then " + _REBUILD
         )
     built_for = _stamp(spec.origin)
     if built_for not in (None, torch.__version__):
-        reason = f"the extension was built for torch {built_for}, this is torch {torch.__version__}: {_REBUILD}"
-        warnings.warn(f"fastopt runs without its native backend: {reason}", RuntimeWarning, stacklevel=4)
-        return None, reason
+        return _warned(f"the extension was built for torch {built_for}, this is torch {torch.__version__}: {_REBUILD}")
     try:
         module = importlib.import_module("fastopt._C")
     except ImportError as error:
-        reason = f"the compiled extension does not load ({error}): {_REBUILD}"
-        warnings.warn(f"fastopt runs without its native backend: {reason}", RuntimeWarning, stacklevel=4)
-        return None, reason
+        return _warned(f"the compiled extension does not load ({error}): {_REBUILD}")
     return module, ""
+
+
+def _warned(reason: str) -> tuple[None, str]:
+    """Said once in a process: on a CPU, what is left is no faster than torch.optim."""
+    warnings.warn(f"fastopt runs without its native backend: {reason}", RuntimeWarning, stacklevel=_level_of_user())
+    return None, reason
+
+
+def _level_of_user() -> int:
+    """Of the caller's caller, counted as `warnings.warn` does: the innermost frame outside this package and torch."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _stamp(path: str) -> str | None:

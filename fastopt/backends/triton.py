@@ -27,11 +27,11 @@ from torch import Tensor
 
 from fastopt import routing
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton_launch import Addressed, Block, Launcher, current, refuse_shared_memory
+from fastopt.backends.triton_launch import Addressed, Block, Launcher, current
 from fastopt.backends.triton_launch import Scaler as _Scaler
 from fastopt.backends.triton_tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
-from fastopt.rule import FLAGS, PULL, Counts, DeviceRow, Flags, Groups, Row, Setting, State
+from fastopt.rule import FLAGS, Counts, DeviceRow, Flags, Groups, Row, Setting, State
 
 OLDEST = (3, 6)
 TILE = Tile()
@@ -419,7 +419,7 @@ class TritonPlan(Launcher):
         uniform = steps.count(steps[0]) == b - a and carries.count(carries[0]) == b - a
         if uniform and work.present is None and work.misaligned is None:
             row = self._row(setting, steps[0], carries[0], segment.single, asked)
-            launch = work.launch(row.chain, _first_slot(setting, row.chain), work.bucket.key.aligned)
+            launch = work.launch(row.chain, setting.first_slot(row.chain), work.bucket.key.aligned)
             launch.rows[a:b] = array("i", [launch.index(row)]) * (b - a)
             self._updates += [(segment.steps, steps[0]), (segment.carries, row.carry)]
             self._written += segment.written(launch.first_slot, len(row.chain.state))
@@ -429,7 +429,7 @@ class TritonPlan(Launcher):
             if not has and not (asked and setting.rule.slow):
                 continue
             row = self._row(setting, steps[k] if has else 0.0, carries[k] if has else 0.0, segment.single, asked)
-            launch = work.launch(row.chain, _first_slot(setting, row.chain), work.is_aligned(a + k))
+            launch = work.launch(row.chain, setting.first_slot(row.chain), work.is_aligned(a + k))
             launch.rows[a + k] = launch.index(row)
             written = _written(segment.entries[k], launch.first_slot, len(row.chain.state))
             if has:
@@ -448,7 +448,7 @@ class TritonPlan(Launcher):
         """Run the gathered work."""
         self.launches = 0
         if amp.scale is not None:
-            refuse_shared_memory(self._grads)
+            routing.refuse_shared_memory(self._grads)
             self._written += self._grads
         devices: dict[torch.device, list[Work]] = {}
         for work in self._work:
@@ -589,7 +589,3 @@ def _is_due(asked: tuple[Tensor, int], device: torch.device | None) -> Any:
     """Whether a group synchronises now that has taken so many steps: on the device, or known here (None)."""
     step, k = asked
     return (int(step.item()) + 1) % k == 0 if device is None else (step.to(device, non_blocking=True) + 1) % k == 0
-
-
-def _first_slot(setting: Setting, chain: Chain) -> int:
-    return len(setting.slots) - 1 if chain is PULL else 0

@@ -20,7 +20,7 @@ from fastopt import routing
 from fastopt.backends import native
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import TritonPlan
-from fastopt.backends.triton_launch import Addressed, Block, Scaler, current, refuse_shared_memory
+from fastopt.backends.triton_launch import Addressed, Block, Scaler, current
 from fastopt.backends.triton_tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
@@ -95,7 +95,7 @@ class CompiledPlan(TritonPlan):
     def _scaled(self) -> list[Tensor]:
         """The gradients, which the kernels divide and write back."""
         grads = [entry.owner.grad for entry in self._entries if entry.owner.grad is not None]
-        refuse_shared_memory([routing.within(grad) for grad in grads])
+        routing.refuse_shared_memory([routing.within(grad) for grad in grads])
         return grads
 
     def _run_taken(

@@ -5,7 +5,6 @@ Triton is imported by the first function that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt import routing
 from fastopt.backends import triton_kernels as kernels
 from fastopt.backends.amp import Amp
 from fastopt.backends.triton_tables import Bucket, Channel, Sent
@@ -59,13 +57,6 @@ def current(device: torch.device) -> Any:
     """The device as the current one, for Triton launches on that."""
     same = device.type != "cuda" or device.index == torch.cuda.current_device()
     return nullcontext() if same else torch.cuda.device(device)
-
-
-def refuse_shared_memory(grads: Iterable[Tensor]) -> None:
-    if any(routing._overlaps_itself(g) for g in grads):
-        raise RuntimeError(
-            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
-        )
 
 
 class Launcher:

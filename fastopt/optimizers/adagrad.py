@@ -52,10 +52,10 @@ class Adagrad(Fused, torch.optim.Adagrad):
         initial_accumulator_value: First value of s, in the unit of the squared gradient (default: 0).
         eps: Added to the denominator, in the unit of the gradient (default: 1e-10).
         foreach, maximize, differentiable, fused: As in torch.
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` (a number) and ``sum`` shaped like the parameter, created with the optimizer.
+        State per parameter: ``step`` (0-dim float32) and ``sum`` shaped like the parameter, created with the optimizer.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

@@ -14,6 +14,7 @@ from fastopt.rule import Hyper, Number, Rule, Slot
 
 class AdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "amsgrad", "decoupled_weight_decay")
+    optional: Sequence[str] = ("amsgrad", "decoupled_weight_decay")
     decouples = True
 
     def update(self, h: Hyper) -> tuple[Stage, ...]:
@@ -57,10 +58,10 @@ class Adam(Fused, torch.optim.Adam):
             kernels are the same.
         maximize: Ascend instead of descend (default: False).
         decoupled_weight_decay: Decay the parameter instead of the gradient (default: False).
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` (a number), ``exp_avg`` and ``exp_avg_sq`` shaped like the parameter, and
+        State per parameter: ``step`` (0-dim float32), ``exp_avg`` and ``exp_avg_sq`` shaped like the parameter, and
         ``max_exp_avg_sq`` for AMSGrad.
 
     Raises:

@@ -47,10 +47,10 @@ class Adamax(Fused, torch.optim.Adamax):
         eps: Keeps u positive, in the unit of the gradient (default: 1e-8).
         weight_decay: λ, coupled: :math:`g \leftarrow g + \lambda p` (default: 0).
         foreach, maximize, differentiable, capturable: As in torch.
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` (a number), ``exp_avg`` and ``exp_inf`` shaped like the parameter.
+        State per parameter: ``step`` (0-dim float32), ``exp_avg`` and ``exp_inf`` shaped like the parameter.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

@@ -144,8 +144,8 @@ class Fused(_Base):
             cls.__signature__ = _with_backend(_without_self(cls.torch_class.__init__))
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
-        if backend is not None and (reason := backends.unusable(backends.checked(backend))):
-            raise RuntimeError(f"backend={backend!r} was asked for, but {reason}")
+        if backend is not None and (reason := backends.unusable(backends.checked(backend, otherwise=backends.OR_NONE))):
+            raise backends.BackendError(f"backend={backend!r} was asked for, but {reason}")
         self._backend = backend
         hide()
         super().__init__(*args, **kwargs)
@@ -209,6 +209,7 @@ class Fused(_Base):
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = self.__dict__.pop("_loaded", None)
         if loaded is not None:
+            _check_checkpoint(type(self).__name__, self.rule, loaded)
             state = state | {"state": _faithful(self.rule, state, loaded)}
         _complete_counters(self.rule, state)
         hide()
@@ -233,13 +234,41 @@ def torch_step(optimizer: Fused) -> Callable[[Optimizer], object] | None:
     return unhooked
 
 
+def _check_checkpoint(name: str, rule: Rule, loaded: dict[str, Any]) -> None:
+    """Refuse what another optimizer saved, and this one cannot go on from."""
+    settings = Settings(rule)
+    for i, group in enumerate(loaded["param_groups"]):
+        if missing := rule.lacking(group):
+            raise ValueError(
+                f"group {i} of the checkpoint has no {', '.join(missing)}, which {name} needs: another optimizer saved "
+                "it. To go on with another rule, start this one afresh, or see fastopt.convert"
+            )
+        slots = {slot.key for slot in settings.of(_completed(rule, group)).named_slots.values()}
+        own = {*slots, *rule.counters, "step"}
+        needed = slots - {rule.slow.key if rule.slow else None}
+        for k, key in enumerate(group["params"]):
+            saved = loaded["state"].get(key)
+            tensors = saved.items() if isinstance(saved, dict) else ()
+            found = {name for name, value in tensors if isinstance(value, Tensor)}
+            if (foreign := found - own) and (missing := sorted(needed - found)):
+                raise ValueError(
+                    f"parameter {k} of group {i} of the checkpoint has no state {', '.join(missing)}, which {name} "
+                    f"needs, but {', '.join(sorted(foreign))}: another optimizer saved it"
+                )
+
+
+def _completed(rule: Rule, group: dict[str, Any]) -> dict[str, Any]:
+    """With what old checkpoints lack, switched off: torch's classes add it only when the state is loaded."""
+    return dict.fromkeys(rule.optional, 0) | group
+
+
 def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defaultdict[Any, dict[str, Any]]:
     """The state as it was saved: torch casts every tensor to its parameter's dtype and shares the caller's memory."""
     result: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state["state"])
     groups = zip(loaded["param_groups"], state["param_groups"], strict=True)
-    settings = Settings(rule, lambda chain: -1)
+    settings = Settings(rule)
     for i, (saved_group, group) in enumerate(groups):
-        slots = {slot.key for slot in settings.of(group).named_slots.values()}
+        slots = {slot.key for slot in settings.of(_completed(rule, group)).named_slots.values()}
         for k, (name, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
             saved = loaded["state"].get(name)
             if not isinstance(saved, dict):
@@ -264,13 +293,13 @@ def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defa
 
 def _complete_counters(rule: Rule, state: dict[str, Any]) -> None:
     """Counters as tensors, where old checkpoints hold numbers, and also in states that somebody only began to fill."""
-    settings = Settings(rule, lambda chain: -1)
+    settings = Settings(rule)
     for group in state.get("param_groups", []):
         for p in group["params"]:
             own = state["state"].get(p)
             for key in rule.counters if own else ():
                 if not isinstance(own.get(key), Tensor):
-                    own[key] = create_counter(settings.of(group), p, own.get(key, rule.counters[key]))
+                    own[key] = create_counter(settings.of(_completed(rule, group)), p, own.get(key, rule.counters[key]))
 
 
 def _without_self(init: Callable[..., Any]) -> inspect.Signature:

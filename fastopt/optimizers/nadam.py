@@ -15,6 +15,7 @@ from fastopt.rule import Hyper, Number, Rule, Slot, to_single
 
 class NAdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "momentum_decay", "decoupled_weight_decay")
+    optional: Sequence[str] = ("decoupled_weight_decay",)
     counters: Mapping[str, float] = MappingProxyType({"step": 0.0, "mu_product": 1.0})
     decouples = True
 
@@ -72,10 +73,10 @@ class NAdam(Fused, torch.optim.NAdam):
         momentum_decay: ψ (default: 4e-3).
         decoupled_weight_decay: :math:`p \leftarrow (1-\gamma\lambda) p` instead (default: False).
         foreach, maximize, capturable, differentiable: As in torch.
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` and ``mu_product`` (numbers), ``exp_avg`` and ``exp_avg_sq`` shaped like it.
+        State per parameter: ``step`` and ``mu_product`` (0-dim float32), ``exp_avg`` and ``exp_avg_sq`` shaped like it.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

@@ -14,6 +14,7 @@ from fastopt.rule import Condition, Hyper, Number, Rule, Slot, flag, select
 
 class RAdamRule(Rule):
     hyper: Sequence[str] = ("lr", "betas", "eps", "decoupled_weight_decay")
+    optional: Sequence[str] = ("decoupled_weight_decay",)
     decouples = True
 
     def update(self, h: Hyper) -> tuple[Stage, ...]:
@@ -85,10 +86,10 @@ class RAdam(Fused, torch.optim.RAdam):
         weight_decay: λ, coupled unless ``decoupled_weight_decay`` (default: 0).
         decoupled_weight_decay: :math:`p \leftarrow (1-\gamma\lambda) p` instead (default: False).
         foreach, maximize, capturable, differentiable: As in torch.
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` (a number), ``exp_avg`` and ``exp_avg_sq`` shaped like the parameter.
+        State per parameter: ``step`` (0-dim float32), ``exp_avg`` and ``exp_avg_sq`` shaped like the parameter.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

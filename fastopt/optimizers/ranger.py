@@ -30,6 +30,7 @@ class RangerRule(RAdamRule):
         "gc_conv_only",
         "degenerated_to_sgd",
     )
+    optional: Sequence[str] = ("alpha", "k", "n_sma_threshold", "use_gc", "gc_conv_only", "degenerated_to_sgd")
     slow = Slot(SLOW, copy_of)
 
     def threshold(self, h: Hyper) -> float:
@@ -89,10 +90,10 @@ class Ranger(Fused, SlowWeights, Optimizer):
             code does (default: True).
         maximize: Ascend instead of descend (default: False).
         capturable: Keep ``step`` on the parameter's device, as in torch, for CUDA graphs (default: False).
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` (a number), ``exp_avg``, ``exp_avg_sq`` and ``slow_buffer`` shaped like it.
+        State per parameter: ``step`` (0-dim float32), ``exp_avg``, ``exp_avg_sq`` and ``slow_buffer`` shaped like it.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

@@ -14,6 +14,7 @@ from fastopt.rule import Hyper, Number, Rule, Slot
 
 class RMSpropRule(Rule):
     hyper: Sequence[str] = ("lr", "alpha", "eps", "momentum", "centered")
+    optional: Sequence[str] = ("momentum", "centered")
 
     def update(self, h: Hyper) -> tuple[Stage, ...]:
         if h.momentum > 0:
@@ -60,11 +61,11 @@ class RMSprop(Fused, torch.optim.RMSprop):
         momentum: μ (default: 0).
         centered: Divide by the deviation instead (default: False).
         capturable, foreach, maximize, differentiable: As in torch.
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
-        State per parameter: ``step`` (a number), ``square_avg``, and where used ``momentum_buffer`` and ``grad_avg``,
-        shaped like the parameter.
+        State per parameter: ``step`` (0-dim float32), ``square_avg``, and where used ``momentum_buffer`` and
+        ``grad_avg``, shaped like the parameter.
 
     Raises:
         ValueError: A hyper-parameter is out of range.

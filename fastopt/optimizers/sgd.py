@@ -15,6 +15,7 @@ from fastopt.rule import Hyper, Number, Rule, Slot, flag
 
 class SGDRule(Rule):
     hyper: Sequence[str] = ("lr", "momentum", "dampening", "nesterov")
+    optional: Sequence[str] = ("nesterov",)
     counters: Mapping[str, float] = MappingProxyType({})
 
     def update(self, h: Hyper) -> tuple[Stage, ...]:
@@ -59,7 +60,7 @@ class SGD(Fused, torch.optim.SGD):
         weight_decay: λ, coupled: :math:`g \leftarrow g + \lambda p` (default: 0).
         nesterov: Needs momentum and no dampening (default: False).
         maximize, foreach, differentiable, fused: As in torch.
-        backend: "native" or "reference" to insist on one; None chooses (default: None).
+        backend: "native", "triton" or "reference" to insist on one; None chooses (default: None).
 
     Shapes:
         State per parameter: ``momentum_buffer`` shaped like the parameter, for momentum only; no ``step``.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ def check_slow(k: Any, alpha: Any) -> None:
     """Reject what no slow weights can be run with, before anything is changed."""
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
         raise ValueError(f"Invalid k value: {k}; the steps between synchronisations are an integer of at least 1")
-    if not 0.0 <= alpha <= 1.0:
+    if not isinstance(alpha, (Real, Tensor)) or not 0.0 <= alpha <= 1.0:  # type: ignore[operator]
         raise ValueError(f"Invalid alpha value: {alpha}; the step of the slow weights is in [0, 1]")
+
+
+def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    raise RuntimeError("step() inside slow_weights(): the update would be undone at the end of the block; step outside")
 
 
 class SlowWeights(_Base):
@@ -34,7 +39,11 @@ class SlowWeights(_Base):
         """Put the slow weights into the parameters for the duration of a ``with`` block, then the fast ones back.
 
         The published results of Lookahead are those of the slow weights. A parameter that was never updated keeps its
-        value: that is its slow weight.
+        value: that is its slow weight. Buffers are the model's own: running statistics of batch normalisation stay
+        those of the fast weights.
+
+        Raises:
+            RuntimeError: ``step()`` is called inside the block, whose end would undo it.
 
         Example:
             >>> import torch, fastopt
@@ -51,6 +60,7 @@ class SlowWeights(_Base):
             for p in group["params"]
             if p in self.state and self.slow_key in self.state[p]
         ]
+        refusal = self.register_step_pre_hook(_refuse)
         with torch.no_grad():
             fast = [p.detach().clone() for p, _ in pairs]
             for p, slow in pairs:
@@ -58,6 +68,7 @@ class SlowWeights(_Base):
         try:
             yield
         finally:
+            refusal.remove()
             with torch.no_grad():
                 for (p, _), value in zip(pairs, fast, strict=True):
                     p.copy_(value)
