@@ -68,6 +68,7 @@ SANITIZE_FLAGS = (f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1", 
 # -fmad=false is what -ffp-contract=off is above; division and square root are rounded correctly by default.
 NVCC_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 ALL_ARCHS = "80;90;100+PTX"
+OLDEST_ARCH = 80  # bfloat16 arithmetic, and what anything older would need was never tested
 
 # The kernels' source is compiled once for each of these; the driver picks one at run time.
 BASELINE: dict[str, tuple[str, ...]] = {"baseline": ()}
@@ -191,12 +192,19 @@ def chosen_mixes() -> tuple[str, ...]:
 
 
 def chosen_archs(nvcc: str) -> list[str]:
-    archs = [arch.replace(".", "") for arch in listed("FASTOPT_CUDA_ARCHS")] or gpus()
+    here = gpus()
+    archs = [arch.replace(".", "") for arch in listed("FASTOPT_CUDA_ARCHS")] or [
+        a for a in here if int(a) >= OLDEST_ARCH
+    ]
+    if here and not archs:
+        raise CompileError(f"the GPUs here are sm_{', sm_'.join(here)}; kernels are for sm_{OLDEST_ARCH} and later")
     if setting("FASTOPT_CUDA") == "1":
         archs = archs or ALL_ARCHS.split(";")
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}(\+PTX)?", arch):
             raise SystemExit(f"FASTOPT_CUDA_ARCHS: {arch!r} is none; accepted are lists such as {ALL_ARCHS}")
+        if int(arch.removesuffix("+PTX")) < OLDEST_ARCH:
+            raise SystemExit(f"FASTOPT_CUDA_ARCHS: {arch!r} is too old; kernels are for {OLDEST_ARCH} and later")
     known = known_archs(nvcc)
     if unknown := [arch for arch in archs if arch.removesuffix("+PTX") not in known]:
         raise CompileError(f"{nvcc} cannot compile for sm_{', sm_'.join(unknown)}, only for {', '.join(known)}")

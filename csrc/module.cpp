@@ -92,8 +92,11 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("gather",
            [](Plan& plan, py::object groups, py::object state, py::object sync) {
-             return translated([&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()); }) ==
-                    fastopt::Verdict::ready;
+             return translated([&] {
+               if (plan.gather(groups.ptr(), state.ptr(), sync.ptr()) != fastopt::Verdict::ready) return false;
+               plan.keep();
+               return true;
+             });
            })
       .def(
           "step",
@@ -103,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
             return translated([&] { return plan.step(optimizer.ptr(), steps); });
           },
           py::arg("optimizer"), py::arg("streams") = std::vector<uintptr_t>())
+      .def("clear", &Plan::clear)
       .def("devices", &Plan::devices)
       .def("arrange", [](Plan& plan, size_t device,
                          std::vector<uint32_t> places) { plan.external(device).arrange(std::move(places)); })

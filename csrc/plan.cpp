@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "plan_names.h"
@@ -52,17 +54,14 @@ int Plan::traverse(visitproc visit, void* arg) const {
   if (found) return found;
   for (const Entry& entry : entries_) Py_VISIT(entry.param.get());
   for (const Wrapped& wrapped : wrapped_) {
-    Py_VISIT(wrapped.local.get());
     Py_VISIT(wrapped.spec.get());
     Py_VISIT(wrapped.grad.get());
-    for (const Ref& slot : wrapped.slots) Py_VISIT(slot.get());
-    for (const Ref& wrapper : wrapped.wrappers) Py_VISIT(wrapper.get());
   }
   Py_VISIT(intern_.get());
   Py_VISIT(memory_.get());
   Py_VISIT(settings_.get());
-  if (int result = refs(outer_)) return result;
-  if (int result = refs(inner_)) return result;
+  for (const DictItem& item : outer_) Py_VISIT(item.key.get());
+  for (const DictItem& item : inner_) Py_VISIT(item.key.get());
   for (const Group& group : groups_) {
     Py_VISIT(group.dict.get());
     Py_VISIT(group.params.get());
@@ -154,7 +153,7 @@ Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
 }
 
 Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
-  if (running_) throw std::runtime_error("fastopt: this optimizer is inside step() in another thread");
+  wait_until_idle();
   if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
@@ -164,7 +163,7 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   if (!check_state(state)) return Verdict::rebuild;
 
   found_.resize(entries_.size());
-  if (!check_wrapped()) return Verdict::rebuild;
+  if (!wrapped_.empty() && !(check_objects(0, entries_.size()) && check_wrapped())) return Verdict::rebuild;
 
   for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
   // This touches no Python object's reference count, so it may run on several threads at once.
@@ -450,6 +449,12 @@ void Plan::run(bool counts, bool updates) {
 }
 
 void Plan::launch(const std::vector<DeviceStep>& steps) {
+  launch_kernels(steps);
+  kept_.clear();
+  for (Wrapped& wrapped : wrapped_) wrapped.grad = {};
+}
+
+void Plan::launch_kernels(const std::vector<DeviceStep>& steps) {
   if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
   if (std::any_of(steps.begin(), steps.end(), [](const DeviceStep& step) { return step.grad_scale; }))
     check_unscaling();
@@ -458,15 +463,32 @@ void Plan::launch(const std::vector<DeviceStep>& steps) {
     devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);
   if (shares_.elements() < release_above) return run(true, true);
   run(true, false);
-  // Another thread may drop a gradient while the kernels read it, so hold them all.
-  for (size_t k = 0; k < entries_.size(); ++k)
-    if (found_[k].active && found_[k].grad && entries_[k].device < 0)
-      kept_.push_back(decltype(kept_)::value_type::reclaim_copy(const_cast<c10::TensorImpl*>(found_[k].grad)));
-  {
-    const Unlocked unlocked(running_);
-    run(false, true);
-  }
+  keep();  // another thread may drop gradients and states while the kernels use them
+  const Unlocked unlocked(running_);
+  run(false, true);
+}
+
+void Plan::keep() {
+  const auto keep_one = [this](const c10::TensorImpl* impl) {
+    kept_.push_back(decltype(kept_)::value_type::reclaim_copy(const_cast<c10::TensorImpl*>(impl)));
+  };
   kept_.clear();
+  for (size_t k = 0; k < entries_.size(); ++k) {
+    if (!found_[k].active) continue;
+    if (found_[k].grad) keep_one(found_[k].grad);
+    const Tracked* const tensor = tensors(entries_[k]);
+    const int count = counters_at(entries_[k]) + entries_[k].counter_count;
+    for (int i = 0; i < count; ++i) keep_one(tensor[i].impl);
+  }
+}
+
+// A step of this optimizer in another thread, which has released the interpreter lock, is let finish.
+void Plan::wait_until_idle() const {
+  while (running_) {
+    PyThreadState* const thread = PyEval_SaveThread();
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    PyEval_RestoreThread(thread);
+  }
 }
 
 bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {

@@ -3,8 +3,9 @@
 // build() records, for every parameter the kernels take, the identity of its objects and the memory behind them.
 // gather() walks what is *now* in param_groups and state, compares, reads every gradient, and finds the coefficient row
 // of each parameter; it changes nothing, and answers Rebuild when anything structural differs. launch() then advances
-// the counters and runs the kernels. Identities are compared through strong references, so that a freed and reused
-// address is never mistaken for the object that was there.
+// the counters and runs the kernels. States are not kept alive between steps: who takes them out of optimizer.state
+// gets their memory back. What lies at an address that is used again is examined as what was there before, so that
+// nothing depends on its being the same object.
 #pragma once
 
 #include <memory>
@@ -37,6 +38,8 @@ class Plan {
   // sync: None, or per group whether the slow weights synchronise; where the group counts on its device, its counter (a
   // float32 tensor) and the steps between synchronisations.
   Verdict gather(PyObject* groups, PyObject* state, PyObject* sync);
+  // Keeps alive, until launch() is done, what gather() found: for Python code that runs in between or meanwhile.
+  void keep();
   // The devices that launch() will be asked for, beside the host.
   std::vector<int> devices() const;
   // For each of devices(): the stream to use and, or null, where the overflow flag and the loss scale are.
@@ -61,11 +64,11 @@ class Plan {
   // A parameter whose memory is another tensor's, as a DTensor's is its local shard's.
   struct Wrapped {
     size_t entry;
-    Ref local;                // the tensor within the parameter
-    Ref slots[max_slots];     // and within its states
-    Ref wrappers[max_slots];  // the states themselves
-    Ref spec;                 // how the parameter is placed, if it says
-    Ref grad;                 // the tensor within this step's gradient
+    PyObject* local;                // the tensor within the parameter
+    PyObject* slots[max_slots];     // and within its states
+    PyObject* wrappers[max_slots];  // the states themselves
+    Ref spec;                       // how the parameter is placed, if it says
+    Ref grad;                       // the tensor within this step's gradient
   };
   // A parameter. In tracked_ from `first` on: the tensor with its memory (itself, unless it is wrapped), its states,
   // its counters. One cache line, for the same reason as Tracked's.
@@ -117,9 +120,9 @@ class Plan {
     bool likely = false;                // parameters may take it in this one
   };
   struct State {
-    PyObject* dict;  // kept alive by outer_
+    PyObject* dict;
     uint64_t version;
-    size_t first, count;  // its part of inner_, in references
+    size_t first, count;  // its part of inner_
   };
   // What this step's look at an entry found, and what the step does with it.
   struct Found {
@@ -144,7 +147,7 @@ class Plan {
   void record_group(Group& group, PyObject* dict);
   bool check_state(PyObject* state);
   bool check_objects(size_t begin, size_t end);
-  bool check_pairs(PyObject* dict, const Ref* pairs, size_t count) const;
+  bool check_items(PyObject* dict, const DictItem* items, size_t count) const;
   bool check_tensors(const Entry& entry) const;
   bool check_strides(const Entry& entry) const;
   bool check_wrapped();
@@ -177,7 +180,9 @@ class Plan {
   void activate(Entry& entry, Group& group, Found& found, bool sync);
   Item item(const Entry& entry, const Found& found) const;
   void commit(Entry& entry, const Found& found);
+  void launch_kernels(const std::vector<DeviceStep>& steps);
   void run(bool counts, bool updates);
+  void wait_until_idle() const;
   const Row* row_for(Group& group, RowKey key);
   void read_symbolic(Group& group) const;
   void trim();
@@ -187,18 +192,19 @@ class Plan {
   Ref settings_;  // dict: tuple of hyper-parameter values -> setting
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<Tracked> tracked_;  // kept alive by entries_, inner_ and wrapped_
+  std::vector<Tracked> tracked_;
   uint64_t state_version_ = 0;
-  uint64_t looks_ = 0;         // how often gather() has looked
-  std::vector<Ref> outer_;     // parameter, state, ... as PyDict_Next yields them from optimizer.state
-  std::vector<Ref> inner_;     // key, tensor, ... of every state the kernels use
-  std::vector<State> states_;  // those states, in the same order
-  Memo memo_, older_;          // two generations: what a step needs again soon is in one of them
+  uint64_t looks_ = 0;           // how often gather() has looked
+  std::vector<DictItem> outer_;  // parameter and state, as PyDict_Next yields them from optimizer.state
+  std::vector<DictItem> inner_;  // key and tensor of every state the kernels use
+  std::vector<State> states_;    // those states, in the same order
+  Memo memo_, older_;            // two generations: what a step needs again soon is in one of them
   std::vector<Wrapped> wrapped_;
-  std::vector<Found> found_;                               // by entry
-  Shares shares_;                                          // likewise
-  bool shared_ = false;                                    // they are those of found_
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;  // gradients, while the interpreter lock is released
+  std::vector<Found> found_;  // by entry
+  Shares shares_;             // likewise
+  bool shared_ = false;       // they are those of found_
+  // Gradients and states, while other Python code may run.
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;
   bool built_ = false;
   bool running_ = false;
   Ref memory_;

@@ -15,9 +15,9 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     if (!object) return false;
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
     if (entry.wrapped) {
-      wrapped_.back().wrappers[entry.slot_count] = Ref(object);
-      wrapped_.back().slots[entry.slot_count] = within(object);
-      object = wrapped_.back().slots[entry.slot_count].get();
+      wrapped_.back().wrappers[entry.slot_count] = object;
+      object = within(object).get();  // which holds it
+      wrapped_.back().slots[entry.slot_count] = object;
     }
     ++entry.slot_count;
     const c10::TensorImpl *impl = impl_of(object), *p = tensors(entry)->impl;
@@ -193,7 +193,7 @@ void Plan::place_devices() {
 }
 
 void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
-  if (running_) throw std::runtime_error("fastopt: this optimizer is inside step() in another thread");
+  wait_until_idle();
   clear();
   trim();
   const std::vector<Ref> dicts = sequence(groups), natives = sequence(native), row_counts = sequence(rows),
@@ -234,14 +234,12 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
   PyObject *param, *value, *key, *tensor;
   Py_ssize_t at = 0;
   while (PyDict_Next(state, &at, &param, &value)) {
-    outer_.emplace_back(param);
-    outer_.emplace_back(value);
+    outer_.emplace_back(param, value);
     if (!deep.count(param) || !deep[param] || !PyDict_Check(value)) continue;
     const size_t first = inner_.size();
     Py_ssize_t inner = 0;
     while (PyDict_Next(value, &inner, &key, &tensor)) {
-      inner_.emplace_back(key);
-      inner_.emplace_back(tensor);
+      inner_.emplace_back(key, tensor);
     }
     states_.push_back({value, version_of(value), first, inner_.size() - first});
   }

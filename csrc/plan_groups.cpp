@@ -117,12 +117,12 @@ bool Plan::check_group(Group& group, PyObject* dict) {
 }
 
 // Whether a dict still yields these keys and values, by identity, in this order.
-bool Plan::check_pairs(PyObject* dict, const Ref* pairs, size_t count) const {
-  if (static_cast<size_t>(PyDict_GET_SIZE(dict)) * 2 != count) return false;
+bool Plan::check_items(PyObject* dict, const DictItem* items, size_t count) const {
+  if (static_cast<size_t>(PyDict_GET_SIZE(dict)) != count) return false;
   PyObject *key, *value;
   Py_ssize_t at = 0;
-  for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2)
-    if (pairs[i].get() != key || pairs[i + 1].get() != value) return false;
+  for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); ++i)
+    if (!items[i].is(key, value)) return false;
   return true;
 }
 
@@ -130,7 +130,7 @@ bool Plan::check_pairs(PyObject* dict, const Ref* pairs, size_t count) const {
 bool Plan::check_state(PyObject* state) {
   const uint64_t version = version_of(state);
   if (version != 0 && version == state_version_) return true;
-  if (!check_pairs(state, outer_.data(), outer_.size())) return false;
+  if (!check_items(state, outer_.data(), outer_.size())) return false;
   state_version_ = version;
   return true;
 }
@@ -150,7 +150,7 @@ bool Plan::check_objects(size_t begin, size_t end) {
     State& own = states_[i];
     const uint64_t version = version_of(own.dict);
     if (version != 0 && version == own.version) continue;
-    if (!check_pairs(own.dict, inner_.data() + own.first, own.count)) return false;
+    if (!check_items(own.dict, inner_.data() + own.first, own.count)) return false;
     own.version = version;
   }
   return true;

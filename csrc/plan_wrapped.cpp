@@ -52,19 +52,19 @@ PyObject* Plan::unwrap(Entry& entry) {
   if (!entry.wrapped) return param;
   Wrapped& wrapped = wrapped_.emplace_back();
   wrapped.entry = static_cast<size_t>(&entry - entries_.data());
-  wrapped.local = std::move(local);
+  wrapped.local = local.get();  // the parameter holds it
   wrapped.spec = spec_of(param);
   find_gradient(param, wrapped.spec, &wrapped.grad);
-  return wrapped.local.get();
+  return wrapped.local;
 }
 
 // Whether wrapped parameters and states still hold the tensors they held; finds their gradients.
 bool Plan::check_wrapped() {
   for (Wrapped& wrapped : wrapped_) {
     const Entry& entry = entries_[wrapped.entry];
-    if (within(entry.param.get()).get() != wrapped.local.get()) return false;
+    if (within(entry.param.get()).get() != wrapped.local) return false;
     for (int k = 0; k < entry.slot_count; ++k)
-      if (within(wrapped.wrappers[k].get()).get() != wrapped.slots[k].get()) return false;
+      if (within(wrapped.wrappers[k]).get() != wrapped.slots[k]) return false;
     if (!find_gradient(entry.param.get(), wrapped.spec, &wrapped.grad)) return false;  // fastopt/engine.py places it
     found_[wrapped.entry].grad = wrapped.grad ? impl_of(wrapped.grad.get()) : nullptr;
   }

@@ -40,6 +40,19 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// An entry of a dict, to be recognised later. Its value is not kept alive, for it may be large: it is compared by
+// address and type, and followed only after the dict was seen to hold such an object there. Whether that leads to the
+// memory it led to is for whoever follows it to see.
+struct DictItem {
+  Ref key;
+  PyObject* value;
+  PyTypeObject* type;
+  DictItem(PyObject* key, PyObject* value) : key(key), value(value), type(Py_TYPE(value)) {}
+  bool is(PyObject* other_key, PyObject* other) const {
+    return key.get() == other_key && value == other && type == Py_TYPE(other);
+  }
+};
+
 inline std::vector<Ref> sequence(PyObject* object) {
   Ref fast = Ref::steal(PySequence_Fast(object, "fastopt: a sequence was expected"));
   std::vector<Ref> items;

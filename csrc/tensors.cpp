@@ -52,6 +52,7 @@ bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
 
 Tracked track(PyObject* tensor) {
   c10::TensorImpl* impl = impl_of(tensor);
+  if (impl->has_storage() && is_copied_on_write(impl->unsafe_storage().unsafeGetStorageImpl())) impl->mutable_data();
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   // The counter itself is private, and 16 bytes into an object that is too; only a prefetch takes its address, and any
   // address will do for that.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/COWDeleter.h>
 
 #include "device.h"
 #include "python.h"
@@ -11,7 +12,7 @@ namespace fastopt {
 // A tensor object, and what it led to when the plan was built: 48 bytes, since a step reads one for every parameter,
 // state and counter from cold memory.
 struct Tracked {
-  PyObject* object;  // kept alive by whoever tracks it
+  PyObject* object;  // not kept alive
   c10::TensorImpl* impl;
   const c10::StorageImpl* storage;
   const void* version;  // where it counts
@@ -41,10 +42,15 @@ inline void prefetch_tensor(const c10::TensorImpl* impl) {  // the head, and off
 }
 inline void prefetch_storage(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 63); }  // address, flags
 
-// Without dtype or kind.
+// Without dtype or kind. The tensor will be written to: memory that it shares until then becomes its own.
 Tracked track(PyObject* tensor);
 
 inline void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
+
+// Whether a storage shares its memory with others until one of them is written to.
+inline bool is_copied_on_write(const c10::StorageImpl* storage) {
+  return storage->data_ptr().get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
+}
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % alignment == 0; }
 
@@ -53,7 +59,8 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 inline bool unchanged(const Tracked& tensor) {
   const c10::TensorImpl* impl = impl_of(tensor.object);
   return impl == tensor.impl && impl->unsafe_storage().unsafeGetStorageImpl() == tensor.storage &&
-         impl->data() == tensor.data && impl->dtype() == tensor.type && impl->is_contiguous() == tensor.contiguous;
+         impl->data() == tensor.data && impl->dtype() == tensor.type && impl->is_contiguous() == tensor.contiguous &&
+         !is_copied_on_write(tensor.storage);
 }
 
 // The tensor whose memory a tensor object stands for: the local shard of a DTensor, or itself.

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastopt import backends, routing
@@ -64,9 +65,18 @@ class Engine:
         self._distributed: list[Tensor] = []
         self._misplaced: dict[Tensor, Tensor] = {}  # gradients as they were before this step redistributed them
         self._redistributes = False
+        self._unusual = False  # what the parameters and states are in
+        self._watched = False  # by a mode that wants to see torch's operators
         self.whole_step: Callable[[dict[str, Any]], bool] | None = None
         """A step like the last one in a single call, if one plan does it all: see `native.Plan.whole_step`."""
         self.counts: list[bool] = []  # by group, whether its steps are counted on a device, where nobody waits for them
+
+    def release(self) -> None:
+        """Let go of what belonged to the last step: state that was replaced must not stay allocated until the next."""
+        self.whole_step = None
+        self._torch, self._distributed = {}, []
+        for plan in self._plans.values():
+            plan.release()
 
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
         """One step of everything that has a gradient; False if an overflow was found and nothing happened.
@@ -76,6 +86,10 @@ class Engine:
         """
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
         given = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
+        watched = bool(routing.operations_are_watched())
+        if watched != self._watched:
+            self._watched = watched
+            self.release()
         try:
             if self._distributed:
                 self._place_gradients()
@@ -158,6 +172,7 @@ class Engine:
             )
         groups: list[dict[str, Any]] = optimizer.param_groups
         self.whole_step = None
+        self._unusual = bool(routing.why_not_containers(optimizer))
         self._routes = self.routes(optimizer)
         params = [p for group in groups for p in group["params"]]
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
@@ -190,6 +205,8 @@ class Engine:
 
     def _rows(self, setting: Setting, p: Tensor) -> int:
         """Over how many leading slices of its memory the gradient of p is centralised."""
+        if is_lazy(p):
+            return 0
         local = routing.within(p)
         rows = self.rule.rows(setting.h, p) and self.rule.rows(setting.h, local)
         if rows and local is not p and not routing.has_whole_slices(p):
@@ -211,6 +228,9 @@ class Engine:
     def routes(self, optimizer: Optimizer) -> dict[int, Route]:
         """Who takes each parameter, by its id, as things stand now."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        unusual = routing.operations_are_watched() or routing.why_not_containers(optimizer)
+        if unusual:
+            return {id(p): Route("torch" if self.torch_step else "reference", unusual, passing=True) for p in params}
         sharing = routing.sharing(params)
         found: dict[int, Route] = {}
         for group in optimizer.param_groups:
@@ -246,6 +266,8 @@ class Engine:
 
     def _outdated(self, optimizer: Optimizer) -> bool:
         """Whether the reason why torch's code took a parameter is gone."""
+        if self._watched or self._unusual:
+            return self._unusual and not routing.why_not_containers(optimizer)
         return any(
             self._routes[id(p)].passing and not self._route(self.settings.of(group), p, False).reason
             for group, params in zip(optimizer.param_groups, self._left(optimizer), strict=True)

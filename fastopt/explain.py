@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastopt import routing
@@ -149,7 +150,7 @@ def _engine(optimizer: Optimizer) -> tuple[Engine, Optimizer, Any]:
 def _size_of(t: Tensor) -> int:
     """Bytes in this process."""
     t = routing.within(t)
-    return t.numel() * t.element_size()
+    return 0 if is_lazy(t) else t.numel() * t.element_size()
 
 
 def _state_bytes(p: Tensor, setting: Setting, owner: Optimizer) -> dict[str, int]:
@@ -171,7 +172,7 @@ def _group_row(index: int, group: dict[str, Any], setting: Setting, owner: Optim
     return GroupRow(
         index,
         len(params),
-        sum(p.numel() for p in params),
+        sum(p.numel() for p in params if not is_lazy(p)),
         sum(map(_size_of, params)),
         state + counters,
         hyper,

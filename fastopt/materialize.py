@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastopt.optimizers.base import Fused
@@ -50,6 +51,8 @@ def materialize_state(optimizer: Optimizer) -> None:
     for i, group in enumerate(inner.param_groups):
         setting = settings.of(group)
         for k, p in enumerate(group["params"]):
+            if is_lazy(p):  # what it will need depends on the shape that it does not have yet
+                continue
             own = inner.state.get(p, {})
             check_state(setting, p, own, f"parameter {k} of group {i}")
             new = missing_state(setting, p, own) if p.requires_grad else {}

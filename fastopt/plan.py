@@ -1,8 +1,8 @@
 """State and work: what a step has to create, and the Python twin of the compiled Plan.
 
-`create_state` makes every missing state tensor of a step before anything is attached, so that running out of memory
-leaves the optimizer as it was. `PythonPlan` answers to the same three calls as ``_C.Plan`` (build, gather, launch) and
-drives backends that have no plan of their own.
+`missing_state` makes what a parameter lacks; the engine attaches it when all of it is there, so that running out of
+memory leaves the optimizer as it was. `PythonPlan` answers to the same calls as ``_C.Plan`` (build, gather, launch, and
+release, which lets go of everything) and drives backends that have no plan of their own.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fastopt import routing
 from fastopt.backends import reference
@@ -49,13 +50,13 @@ def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict
 def mended_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Counters that go on in float32, and where ``step`` is: torch's loading casts NAdam's ``mu_product`` to the
     dtype of a 16-bit parameter, and takes it to the parameter's device while ``step`` stays behind."""
-    narrow = (torch.bfloat16, torch.float16)
+    kept = (torch.float32, torch.float64, torch.int32, torch.int64)
     found = {key: value for key in setting.rule.counters if isinstance(value := state.get(key), Tensor)}
     home = next((value.device for value in found.values()), None)
     return {
-        key: value.to(home, torch.float32 if value.dtype in narrow else value.dtype)
+        key: value.to(home, value.dtype if value.dtype in kept else torch.float32)
         for key, value in found.items()
-        if value.dtype in narrow or value.device != home
+        if value.dtype not in kept or value.device != home
     }
 
 
@@ -72,6 +73,12 @@ def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: st
                 f"state {slot.key!r} of {where} is {given}, the parameter is {wanted}: load a state that was saved for "
                 "this model, or clear optimizer.state"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"state {slot.key!r} of {where} has layout {tensor.layout}; a dense tensor is expected")
+        if routing.overlaps_itself(routing.within(tensor)):
+            raise RuntimeError(
+                f"elements of state {slot.key!r} of {where} share memory and cannot be updated one by one: clone it"
+            )
 
 
 def _kind(t: Tensor) -> str:
@@ -80,6 +87,9 @@ def _kind(t: Tensor) -> str:
     placed = getattr(getattr(t, "_spec", None), "placements", None)
     where = t.device.type if placed is None else f"{t.device.type}, placed as {placed}"
     return f"{numbers} of shape {tuple(t.shape)} on {where}"
+
+
+Reasons: TypeAlias = "tuple[str, str, torch.Size | None]"
 
 
 @dataclass
@@ -101,7 +111,7 @@ class PythonPlan:
     def __init__(self, setting_of: SettingOf) -> None:
         self._setting_of = setting_of
         self._takes: dict[int, int] = {}
-        self._reasons: dict[int, tuple[str, str]] = {}
+        self._reasons: dict[int, Reasons] = {}
         self._fresh: set[int] = set()
         self._repeated: set[int] = set()
         self._params: list[Tensor] = []
@@ -109,6 +119,7 @@ class PythonPlan:
         self._work: list[Work] = []
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
+        self._reasons = {}
         self._params = [p for group in groups for p in group["params"]]  # keeps ids from being reused
         self._layouts = [self._setting_of(group).layout for group in groups]
         flat = zip(
@@ -127,19 +138,20 @@ class PythonPlan:
             if new:
                 self._fresh.add(id(p))
 
+    def release(self) -> None:
+        self._params, self._layouts, self._work = [], [], []
+
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         """Collect this step's work; False when the plan does not fit what it finds."""
         self._work = []
-        known = {id(p) for p in self._params}
-        if len(groups) != len(self._layouts):
+        params = [p for group in groups for p in group["params"]]
+        if len(groups) != len(self._layouts) or list(map(id, params)) != list(map(id, self._params)):
             return False
         for i, group in enumerate(groups):
             setting = self._setting_of(group)
             if setting.layout is not self._layouts[i]:
                 return False
             for p in group["params"]:
-                if id(p) not in known:
-                    return False
                 if id(p) not in self._takes:
                     continue
                 asked = sync is not None and sync[i]
@@ -190,6 +202,7 @@ class PythonPlan:
         self._work = []
 
 
-def _reasons(p: Tensor) -> tuple[str, str]:
-    """What speaks against p and its gradient; a plan holds as long as that stays the same."""
-    return routing.why_not_tensor(p), "" if p.grad is None else routing.why_not_grad(p.grad)
+def _reasons(p: Tensor) -> Reasons:
+    """What speaks against p and its gradient, and its shape; a plan holds as long as that stays the same."""
+    of_grad = "" if p.grad is None else routing.why_not_grad(p.grad)
+    return routing.why_not_tensor(p), of_grad, None if is_lazy(p) else p.shape

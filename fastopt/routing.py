@@ -10,12 +10,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from fastopt.rule import Setting
 
 RELEASED = "its storage was released"
 MOST_DIMS = 8
 """Dimensions of a tensor that the kernels of a device can walk (csrc/device.h)."""
+MOST_HOST_DIMS = 64
+"""And those of the host (csrc/cpu_driver.h)."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -28,6 +32,28 @@ def why_not_setting(setting: Setting, p: Tensor, emulated: bool = False) -> str:
     if any(tensor.device != p.device for tensor in setting.tensors) and not emulated:
         return f"a hyper-parameter lives on another device than the parameter, which is on {p.device}"
     return ""
+
+
+def operations_are_watched() -> str:
+    """Why no kernel may take a step now: a mode is active that wants to see, record or replace every operator, as
+    `torch.autograd.graph.allow_mutation_on_saved_tensors` and tracing do; empty if there is none."""
+    return "a TorchDispatchMode is active, which sees torch's operators only" if _modes() else ""
+
+
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def why_not_containers(optimizer: Optimizer) -> str:
+    """Why an optimizer's parameters cannot be walked by the plans; empty if they can."""
+    groups, state = optimizer.param_groups, optimizer.state
+    found: list[tuple[str, object, bool]] = [
+        ("param_groups", groups, isinstance(groups, list)),
+        ("state", state, isinstance(state, dict)),
+        *(("a group", group, isinstance(group, dict)) for group in groups),
+        *(("params of a group", ps, type(ps) in (list, tuple)) for ps in (group["params"] for group in groups)),
+        *(("the state of a parameter", own, isinstance(own, dict)) for own in state.values()),
+    ]
+    return next((f"{name} is a {type(value).__name__}" for name, value, plain in found if not plain), "")
 
 
 def within(t: Tensor) -> Tensor:
@@ -71,6 +97,8 @@ def check_grad_kind(p: Tensor) -> None:
 
 def why_not_tensor(p: Tensor) -> str:
     """Why the kernels do not take a parameter; empty if they do."""
+    if is_lazy(p):
+        return "a lazy module has not made it yet"
     p = within(p)
     if p.layout != torch.strided:
         return f"layout {p.layout}"
@@ -78,13 +106,15 @@ def why_not_tensor(p: Tensor) -> str:
         return f"tensor subclass {type(p).__name__} that intercepts torch operations"
     if p.dtype not in DTYPES:
         return f"dtype {str(p.dtype).removeprefix('torch.')}"
+    if p.dim() > MOST_HOST_DIMS:
+        return f"{p.dim()} dimensions; the kernels take up to {MOST_HOST_DIMS}"
     if p.is_inference():
         return "inference tensor"
     if p.is_neg():
         return "negated view"
     if p.numel() and _storage_end(p) > p.untyped_storage().nbytes():
         return RELEASED
-    if _overlaps_itself(p):
+    if overlaps_itself(p):
         return "elements share memory"
     return ""
 
@@ -115,7 +145,7 @@ def _storage_end(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def _overlaps_itself(t: Tensor) -> bool:
+def overlaps_itself(t: Tensor) -> bool:
     """Whether two elements may share memory; exact for views made by torch, cautious otherwise."""
     reach = 1
     for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
@@ -127,7 +157,7 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 def refuse_shared_memory(grads: Iterable[Tensor]) -> None:
     """For gradients that are about to be divided in place."""
-    if any(grad.layout == torch.strided and _overlaps_itself(grad) for grad in grads):
+    if any(grad.layout == torch.strided and overlaps_itself(grad) for grad in grads):
         raise RuntimeError(
             "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own"
         )
@@ -144,6 +174,8 @@ def sharing(params: Iterable[Tensor]) -> set[int]:
             found.add(name)
         seen.add(name)
         p = within(given)
+        if is_lazy(p):
+            continue
         if p.layout == torch.strided and not intercepts(p) and p.numel():
             start = p.data_ptr()
             extents.append((start, start - int(p.storage_offset()) * p.element_size() + _storage_end(p), name))

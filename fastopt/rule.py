@@ -32,7 +32,7 @@ Number: TypeAlias = "float | Tensor"
 Condition: TypeAlias = "bool | Tensor"
 
 FLAGS = ("capturable", "differentiable", "fused", "maximize", "weight_decay")
-"""Group keys that matter whatever the rule; a group without one counts as having it off."""
+"""Group keys that matter whatever the rule; a group may lack the first three, and counts as having them off."""
 SYMBOLIC = ("lr", "betas")
 """Group keys whose tensors may stay on a device: they decide values, never which stages run."""
 
@@ -383,10 +383,12 @@ class Settings:
     def __init__(self, rule: Rule, chain_index: Callable[[Chain], int] = lambda chain: -1) -> None:
         self.rule, self._index = rule, chain_index
         self.keys = tuple(dict.fromkeys((*rule.hyper, *FLAGS)))
+        self._needed = {*rule.hyper, "maximize", "weight_decay"}
         self._known: dict[tuple[Any, ...], Setting] = {}
 
     def of(self, group: Mapping[str, Any]) -> Setting:
-        values = tuple(_value(key, group.get(key), group) for key in self.keys)
+        given = {key: group[key] if key in self._needed else group.get(key) for key in self.keys}  # KeyError, as torch
+        values = tuple(_value(key, value, group) for key, value in given.items())
         setting = self._known.get(values)
         if setting is None:
             if len(self._known) > 1024:  # a schedule that never repeats a value must not grow this for ever
@@ -423,8 +425,10 @@ def stays(tensor: Tensor, group: Mapping[str, Any]) -> bool:
 
 def _value(key: str, value: Any, group: Mapping[str, Any]) -> Any:
     """What can be compared by value: tensors as Python numbers unless they stay on a device, and lists as tuples."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.numel() == 1:
         return _Held(value) if key in SYMBOLIC and stays(value, group) else value.item()
+    if hasattr(value, "tolist"):  # betas as one tensor, numpy's arrays and numbers
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return tuple(_value(key, item, group) for item in value)
     return value

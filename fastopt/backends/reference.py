@@ -44,6 +44,8 @@ class _Language:
 
     @staticmethod
     def sqrt_rn(x: Tensor) -> Tensor:
+        if not has_float64(x.device.type):
+            return x.sqrt()
         if x.dtype == torch.float32:  # torch's vectorised sqrt is 1 ulp off for some values
             return x.double().sqrt().float()
         # Tuckerman's test: s is the nearest root exactly if s * (s - ulp) < x <= s * (s + ulp). (One Newton correction
@@ -91,6 +93,16 @@ def _has_fma(device: str, dtype: torch.dtype) -> bool:
     return True
 
 
+@cache
+def has_float64(device: str) -> bool:
+    """Whether a device computes in float64. Without it (Apple's GPUs) the last place is not defined here."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     s = a + b
     z = s - a
@@ -111,6 +123,8 @@ def exact_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     float32: the product is exact in float64 and the sum is rounded to odd. float64: Boldo and Melquiond 2008, with
     Veltkamp's splitting; where an intermediate overflows the plain expression is returned.
     """
+    if not has_float64(c.device.type):
+        return a * b + c
     if a.dtype == torch.float32:
         product = a.double() * b.double()
         return _to_odd(*_two_sum(product, c.double())).float()
@@ -136,7 +150,8 @@ def _upper_half(x: Tensor) -> Tensor:
 
 def row_mean(g: Tensor, rows: int) -> Tensor:
     """The mean of each leading slice, shaped to broadcast: summed without error in float64, rounded once."""
-    x = g.reshape(rows, -1).double()
+    x = g.reshape(rows, -1)
+    x = x.double() if has_float64(g.device.type) else x
     n, low = x.shape[1], torch.zeros_like(x[:, :1])
     while x.shape[1] > 1:
         half = x.shape[1] // 2

@@ -244,7 +244,7 @@ def _is_immutable(value: Any) -> bool:
 
 
 class TritonPlan(Launcher):
-    """The plan of an optimizer whose parameters Triton updates; see `fastopt.plan.PythonPlan` for the three calls."""
+    """The plan of an optimizer whose parameters Triton updates; see `fastopt.plan.PythonPlan` for the calls."""
 
     def __init__(self, setting_of: Callable[[Mapping[str, Any]], Setting], tile: Tile | None = None) -> None:
         super().__init__()
@@ -341,6 +341,10 @@ class TritonPlan(Launcher):
             and all(map(is_, map(_local, self._wrapped), self._locals))
             and self._memory.holds()
         )
+
+    def release(self) -> None:
+        self.build([], {}, [], [], [])
+        self._work, self._updates, self._written, self._grads = [], [], [], []
 
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         """Collect this step's work; False when the tables do not fit what is found. Changes nothing."""

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from fastopt import backends, memory
 from fastopt.engine import Engine
 from fastopt.plan import create_counter
-from fastopt.rule import Rule, Settings
+from fastopt.rule import FLAGS, Rule, Settings
 
 if TYPE_CHECKING:
     _Base = Optimizer
@@ -37,6 +37,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # torch's own objects, bound here because every look-up is a cache miss in a training's step.
 _pre_hooks, _post_hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # see routing.operations_are_watched
 
 
 def _always() -> bool:
@@ -98,7 +99,7 @@ def entry(method: Method) -> Method:
             and (engine := own.get("_engine")) is not None
             and (whole_step := engine.whole_step) is not None
         ):
-            elsewhere = _pre_hooks or _post_hooks or _profiler_enabled() or (_ACCELERATORS and _capturing())
+            elsewhere = _pre_hooks or _post_hooks or _profiler_enabled() or _modes() or (_ACCELERATORS and _capturing())
             if not elsewhere and whole_step(own):
                 return None
         if _watched(self) and inspect.unwrap(type(self).step) is method:
@@ -215,6 +216,8 @@ class Fused(_Base):
         hide()
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
+        if (engine := vars(self).get("_engine")) is not None:
+            engine.release()
 
 
 def _check_capture(optimizer: Any) -> None:
@@ -244,12 +247,13 @@ def _check_checkpoint(name: str, rule: Rule, loaded: dict[str, Any]) -> None:
                 "it. To go on with another rule, start this one afresh, or see fastopt.convert"
             )
         slots = {slot.key for slot in settings.of(_completed(rule, group)).named_slots.values()}
-        own = {*slots, *rule.counters, "step"}
+        own = {*slots, *rule.counters, "step", "slow_param"}  # the last is a Lookahead's around this one
         needed = slots - {rule.slow.key if rule.slow else None}
         for k, key in enumerate(group["params"]):
             saved = loaded["state"].get(key)
-            tensors = saved.items() if isinstance(saved, dict) else ()
-            found = {name for name, value in tensors if isinstance(value, Tensor)}
+            if not isinstance(saved, dict) or not rule.counters.keys() <= saved.keys():
+                continue  # nothing that a step has left
+            found = {name for name, value in saved.items() if isinstance(value, Tensor)}
             if (foreign := found - own) and (missing := sorted(needed - found)):
                 raise ValueError(
                     f"parameter {k} of group {i} of the checkpoint has no state {', '.join(missing)}, which {name} "
@@ -259,7 +263,7 @@ def _check_checkpoint(name: str, rule: Rule, loaded: dict[str, Any]) -> None:
 
 def _completed(rule: Rule, group: dict[str, Any]) -> dict[str, Any]:
     """With what old checkpoints lack, switched off: torch's classes add it only when the state is loaded."""
-    return dict.fromkeys(rule.optional, 0) | group
+    return dict.fromkeys((*rule.optional, *FLAGS), 0) | group
 
 
 def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defaultdict[Any, dict[str, Any]]:

@@ -262,6 +262,8 @@ class Lookahead(SlowWeights, Optimizer):
             for key, value in kept.items():
                 group.setdefault(key, value)
             self._complete(group)
+        if (held := vars(self).get("_held")) is not None:
+            held[1].release()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
