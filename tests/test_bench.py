@@ -276,8 +276,8 @@ def test_the_report_is_idempotent_and_leaves_the_rest_alone(tmp_path: Path) -> N
     [
         ("<!-- bench:cpu -->\n", "page has a marker without its other: 1 begin a block and 0 end one"),
         ("<!-- /bench:cpu -->\n<!-- bench:cpu -->\n", "page has a marker without its other"),
-        ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "must have the same name, one of gpu, gpu main, "),
-        ("<!-- bench:cpus -->\n<!-- /bench:cpus -->\n", "must have the same name, one of gpu, gpu main, "),
+        ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "must have the same name, one of gpu, gpu short, "),
+        ("<!-- bench:cpus -->\n<!-- /bench:cpus -->\n", "must have the same name, one of gpu, gpu short, "),
     ],
 )
 def test_markers_that_cannot_be_filled_are_named(text: str, complaint: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import os
 import re
 import shlex
@@ -132,16 +133,30 @@ def check_requirements(what: list[str]) -> None:
         assert set(filter(None, (asked[2] or "").split(","))) <= extras
 
 
-@pytest.mark.parametrize("page", OPTIMIZER_PAGES, ids=lambda page: page.stem)
-def test_signatures_are_the_real_ones(page: Path) -> None:
-    (block,) = blocks(page, "py")
-    called = re.fullmatch(r"fastopt\.(\w+)\((.*)\)\s*", block, re.DOTALL)
-    assert called, block
-    written = ast.parse(f"def f({called[2]}): ...").body[0]
+SIGNATURES = [
+    pytest.param(*found, id=found[0])
+    for page in (*OPTIMIZER_PAGES, ROOT / "docs" / "api.md")
+    for block in blocks(page, "py")
+    for found in re.findall(r"^([\w.]+)\((.*?)\)$", block, re.MULTILINE | re.DOTALL)
+]
+
+
+def test_signatures_are_found() -> None:
+    """One for each optimizer, each other function that the package exports, and more."""
+    results = {"Comparison", "ImportReport"}
+    assert {f"fastopt.{name}" for name in fastopt.__all__ if name not in results} <= {s.id for s in SIGNATURES}
+
+
+@pytest.mark.parametrize(("name", "arguments_written"), SIGNATURES)
+def test_signatures_are_the_real_ones(name: str, arguments_written: str) -> None:
+    written = ast.parse(f"def f({arguments_written}): ...").body[0]
     assert isinstance(written, ast.FunctionDef)
-    real = inspect.signature(getattr(fastopt, called[1])).parameters
+    owner, _, path = name.partition(".")
+    roots = {"fastopt": fastopt, "optimizer": fastopt.Lookahead(fastopt.SGD([torch.ones(1)]))}
+    real = inspect.signature(operator.attrgetter(path)(roots[owner])).parameters
     arguments = written.args
-    assert [a.arg for a in (*arguments.args, *arguments.kwonlyargs)] == list(real)
+    rest = [arguments.kwarg] if arguments.kwarg else []
+    assert [a.arg for a in (*arguments.args, *arguments.kwonlyargs, *rest)] == list(real)
     assert [a.arg for a in arguments.kwonlyargs] == [k for k, v in real.items() if v.kind is v.KEYWORD_ONLY]
     defaults = [ast.literal_eval(d) for d in (*arguments.defaults, *filter(None, arguments.kw_defaults))]
     assert defaults == [v.default for v in real.values() if v.default is not v.empty]

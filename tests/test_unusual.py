@@ -189,7 +189,7 @@ def test_tracing_records_the_update(name: str) -> None:
         return [name for name in called if "profiler" not in name and "detach" not in name]
 
     assert traced(fastopt) == traced(torch.optim)
-    assert len(traced(fastopt)) > 2
+    assert any("add" in name for name in traced(fastopt))
 
 
 def test_fake_tensors_do_not_reach_real_ones() -> None:
