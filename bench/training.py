@@ -18,9 +18,9 @@ from bench import gpu_clocks
 from bench.contenders import OURS, Contender, ours, rivals
 from bench.race import Measurement, Samples, Spread, order
 from bench.rules import RULES, Kind
-from fastopt import tasks
-from fastopt.demo import Lane
-from fastopt.tasks import Batch, Task
+from fastopt.tools import tasks
+from fastopt.tools.demo import Lane
+from fastopt.tools.tasks import Batch, Task
 
 SEED = 0
 WARM_UP = 10

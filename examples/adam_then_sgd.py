@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fastopt
-from fastopt import tasks
+from fastopt.tools import tasks
 
 ROUND = 50
 PATIENCE = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastopt
-from fastopt import tasks
+from fastopt.tools import tasks
 
 STEPS, SAVE_EVERY, KILLED_AT = 60, 10, 33
 

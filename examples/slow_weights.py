@@ -1,4 +1,5 @@
-"""Lookahead and Ranger keep two sets of weights: the fast ones explore, the slow ones follow and are the result.
+"""Lookahead and Ranger keep two sets of weights: the fast ones explore, the slow ones follow. Which do better at the
+end differs from task to task, so it is worth measuring both; Lookahead's published results are the slow weights'.
 
 Inside ``with optimizer.slow_weights():`` the model holds the slow weights; afterwards training goes on from the fast.
 """
@@ -6,7 +7,7 @@ Inside ``with optimizer.slow_weights():`` the model holds the slow weights; afte
 from statistics import fmean
 
 import fastopt
-from fastopt import tasks
+from fastopt.tools import tasks
 
 STEPS = 602
 task = tasks.get("digits")

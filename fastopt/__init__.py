@@ -1,7 +1,5 @@
 """fastopt: optimizers for PyTorch whose whole update is one pass over memory and one launch."""
 
-from fastopt.compare import compare
-from fastopt.comparison import Comparison
 from fastopt.convert import convert
 from fastopt.dialects import ImportReport
 from fastopt.explain import explain
@@ -17,6 +15,8 @@ from fastopt.optimizers.radam import RAdam
 from fastopt.optimizers.ranger import Ranger
 from fastopt.optimizers.rmsprop import RMSprop
 from fastopt.optimizers.sgd import SGD
+from fastopt.tools.compare import compare
+from fastopt.tools.comparison import Comparison
 
 __version__ = "0.1.0"
 __all__ = [

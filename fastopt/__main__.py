@@ -94,10 +94,10 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from . import tasks
-    from .compare import compare
-    from .entrants import split_names
     from .report import need
+    from .tools import tasks
+    from .tools.compare import compare
+    from .tools.entrants import split_names
 
     task = tasks.get(options.task)
     names = None if options.optimizers is None else split_names(options.optimizers)
@@ -135,7 +135,7 @@ def _version() -> str:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from . import demo
+    from .tools import demo
 
     print(demo.show(demo.run(steps=options.steps, threads=options.threads), options.out))
     return 0

@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fastopt import memory
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.lookahead import SLOW, Lookahead
 from fastopt.plan import check_state, missing_state
-from fastopt.rule import Settings, copy_of
+from fastopt.rule import Settings
 
 
 def materialize_state(optimizer: Optimizer) -> None:
@@ -57,7 +58,7 @@ def materialize_state(optimizer: Optimizer) -> None:
             check_state(setting, p, own, f"parameter {k} of group {i}")
             new = missing_state(setting, p, own) if p.requires_grad else {}
             if wraps and p.requires_grad and SLOW not in own:
-                new[SLOW] = copy_of(p, None)
+                new[SLOW] = memory.copy_of(p)
             if new:
                 pending.append((p, new))
     for p, new in pending:

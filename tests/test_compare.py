@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-from fastopt import noise, report, tasks
+from fastopt import report
 from fastopt.__main__ import main
-from fastopt.compare import compare
-from fastopt.comparison import Comparison, Run
-from fastopt.entrants import default_names, entrants, split_names
+from fastopt.tools import noise, tasks
+from fastopt.tools.compare import compare
+from fastopt.tools.comparison import Comparison, Run
+from fastopt.tools.entrants import default_names, entrants, split_names
 
 DATA = torch.randn(256, 5, generator=torch.Generator().manual_seed(3))
 PNG = b"\x89PNG"
@@ -180,7 +181,7 @@ class TestNoise:
         width = noise.half_width([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
         assert width == pytest.approx(2.77645 * math.sqrt(2.5 * 2 / 3), rel=1e-5)
 
-    @pytest.mark.parametrize("module", ["fastopt.compare", "fastopt.noise"])
+    @pytest.mark.parametrize("module", ["fastopt.tools.compare", "fastopt.tools.noise"])
     def test_docstring_examples_run(self, module):
         assert doctest.testmod(sys.modules[module]).failed == 0
 
@@ -451,7 +452,7 @@ class TestCommand:
 
     def test_a_missing_library_for_the_picture_is_known_before_the_training(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        monkeypatch.setattr(sys.modules["fastopt.compare"], "compare", lambda *args, **kwargs: pytest.fail("trained"))
+        monkeypatch.setattr("fastopt.tools.compare.compare", lambda *args, **kwargs: pytest.fail("trained"))
         assert main(["compare", "--out", str(tmp_path)]) == 2
         assert "needs matplotlib" in capsys.readouterr().err
 

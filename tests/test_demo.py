@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastopt
-from fastopt import demo, report, tasks
+from fastopt import report
 from fastopt.__main__ import main
+from fastopt.tools import demo, tasks
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_without_matplotlib_the_table_still_comes(small, tmp_path, monkeypatch):
     def missing(module: str, purpose: str) -> None:
         raise ModuleNotFoundError(f"{purpose} needs {module}")
 
-    monkeypatch.setattr("fastopt.plots.need", missing)
+    monkeypatch.setattr("fastopt.tools.plots.need", missing)
     printed = demo.show(small, tmp_path / "demo.png")
     assert small.table() in printed
     assert "No picture: drawing the picture needs matplotlib" in printed

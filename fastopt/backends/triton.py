@@ -590,6 +590,9 @@ def _bucket_work(bucket: Bucket, pointers: list[int]) -> Work:
 
 
 def _is_due(asked: tuple[Tensor, int], device: torch.device | None) -> Any:
-    """Whether a group synchronises now that has taken so many steps: on the device, or known here (None)."""
+    """Whether a group synchronises now that has taken so many steps: on the device, or known here (None).
+
+    The engine's `is_due` always knows here; this one need not wait.
+    """
     step, k = asked
     return (int(step.item()) + 1) % k == 0 if device is None else (step.to(device, non_blocking=True) + 1) % k == 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastopt import memory
 from fastopt.chain import Stage
 from fastopt.engine import Due, Engine, is_due, pull_back
 from fastopt.optimizers.base import Fused, entry, hide, torch_step
@@ -228,7 +229,7 @@ class Lookahead(SlowWeights, Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if SLOW not in self.state.get(p, {}) and (p.requires_grad if closure else p.grad is not None):
-                    before[p] = copy_of(p, None)
+                    before[p] = memory.copy_of(p)
         loss = self.optimizer.step(closure) if closure else self.optimizer.step()
         for p, slow in before.items():
             if p.grad is not None:

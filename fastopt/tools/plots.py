@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .report import need
+from fastopt.report import need
 
 if TYPE_CHECKING:
     from .comparison import Comparison

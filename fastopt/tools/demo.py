@@ -30,11 +30,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fastopt
+from fastopt import backends
+from fastopt.report import Progress, table
 
-from . import backends, plots, tasks
+from . import plots, tasks
 from .compare import scored_weights
 from .entrants import Make
-from .report import Progress, table
 
 STEPS = {"digits": 600, "chars": 250}
 LEARNING_RATES = {"Adam": 3e-3, "AdamW": 3e-3, "RAdam": 1e-2, "NAdam": 3e-3, "Ranger": 3e-2}
@@ -154,7 +155,7 @@ def run(
     """Race every optimizer on every task.
 
     Args:
-        task_names: names from `fastopt.tasks`.
+        task_names: names from `fastopt.tools.tasks`.
         optimizers: which of "Adam", "AdamW", "RAdam", "NAdam", "Ranger".
         steps: steps of each training; default 600 for digits, 250 for chars.
         seed: of the weights and the batches.

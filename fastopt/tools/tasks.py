@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .report import need
+from fastopt.report import need
 
 Batch = tuple[Tensor, Tensor]
 

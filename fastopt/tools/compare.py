@@ -7,7 +7,7 @@ table, a CSV and a plot. It holds no opinion: what it says is what it measured o
 - The score of a run is the first value of ``evaluate(model)`` after the last step, or without ``evaluate`` the mean
   loss over the next tenth of the batches. Lookahead and Ranger, which have ``slow_weights()``, are scored on them.
 - A run diverged when its loss or its score was not finite. It stops there and counts; the others go on.
-- How the scores become a ranking: `fastopt.comparison`.
+- How the scores become a ranking: `fastopt.tools.comparison`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastopt.report import Progress
+
 from .comparison import Comparison, Run, best_lr
 from .entrants import Entrant, OptimizerSpec, entrants
-from .report import Progress
 from .tasks import inference
 
 Evaluation: TypeAlias = Callable[[nn.Module], float | Mapping[str, float]]

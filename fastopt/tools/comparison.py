@@ -6,7 +6,7 @@ How it judges
   the optimizers, so the scores of all are a little optimistic, those from longer grids a little more.
 - A rival is worse than the winner beyond the noise when the difference of their means exceeds the half-width of its
   confidence interval: Student's t over the seeds with the pooled standard error, corrected (Bonferroni) for the number
-  of rivals (`fastopt.noise`).
+  of rivals (`fastopt.tools.noise`).
 - An optimizer with a diverged seed at its best learning rate ranks after all that have none.
 """
 
@@ -22,8 +22,9 @@ from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 
+from fastopt.report import table
+
 from . import noise, plots
-from .report import table
 
 
 @dataclass(frozen=True)
