@@ -85,7 +85,7 @@ gpu: ## on a machine with a GPU: build, test and measure there, within nine minu
 	@test -n "$(OUT)" || { echo "make gpu OUT=folder: where shall the results go?"; exit 2; }
 	@$(PYTHON) -m bench.gpu_run "$(OUT)"
 
-check: lint test smoke ## what continuous integration runs: style, types, tests, and a look at the speed
+check: lint test ## what continuous integration runs: style, types, tests
 
 lint: $(STAMP)-dev ## style and types only
 	@$(BIN)/ruff check --quiet --output-format concise .

@@ -120,9 +120,9 @@ class Plan {
     bool likely = false;                // parameters may take it in this one
   };
   struct State {
-    PyObject* dict;
-    uint64_t version;
-    size_t first, count;  // its part of inner_
+    PyObject* dict = nullptr;  // null: none that the kernels use
+    uint64_t version = 0;
+    size_t first = 0, count = 0;  // its part of inner_
   };
   // What this step's look at an entry found, and what the step does with it.
   struct Found {
@@ -155,6 +155,7 @@ class Plan {
   void build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_counters(Entry& entry, PyObject* state, bool on_device);
+  void record_state(PyObject* state);
   void lay_out(Entry& entry);
   void plan_device(Entry& entry);
   static void read_row_setting(Group& group);
@@ -197,7 +198,7 @@ class Plan {
   uint64_t looks_ = 0;           // how often gather() has looked
   std::vector<DictItem> outer_;  // parameter and state, as PyDict_Next yields them from optimizer.state
   std::vector<DictItem> inner_;  // key and tensor of every state the kernels use
-  std::vector<State> states_;    // those states, in the same order
+  std::vector<State> states_;    // by entry
   Memo memo_, older_;            // two generations: what a step needs again soon is in one of them
   std::vector<Wrapped> wrapped_;
   std::vector<Found> found_;  // by entry

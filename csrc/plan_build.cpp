@@ -1,7 +1,6 @@
 // Making the plan: what is recorded of every parameter, and its place in the tables of its device.
 #include <cstring>
 #include <stdexcept>
-#include <unordered_map>
 
 #include "plan.h"
 #include "plan_names.h"
@@ -192,6 +191,27 @@ void Plan::place_devices() {
   for (DevicePlan& device : devices_) device.place(memory);
 }
 
+void Plan::record_state(PyObject* state) {
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(state, &at, &key, &value)) outer_.emplace_back(key, value);
+  state_version_ = version_of(state);
+  for (const Entry& entry : entries_) {
+    State& own = states_.emplace_back();
+    own.dict = entry.native ? PyDict_GetItemWithError(state, entry.param.get()) : nullptr;
+    if (!own.dict && PyErr_Occurred()) throw PythonError{};
+    if (!own.dict || !PyDict_Check(own.dict)) {
+      own.dict = nullptr;
+      continue;
+    }
+    own.version = version_of(own.dict);
+    own.first = inner_.size();
+    at = 0;
+    while (PyDict_Next(own.dict, &at, &key, &value)) inner_.emplace_back(key, value);
+    own.count = inner_.size() - own.first;
+  }
+}
+
 void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
   wait_until_idle();
   clear();
@@ -229,21 +249,7 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
     groups_.push_back(std::move(group));
   }
 
-  std::unordered_map<PyObject*, bool> deep;
-  for (const Entry& entry : entries_) deep[entry.param.get()] = entry.native;
-  PyObject *param, *value, *key, *tensor;
-  Py_ssize_t at = 0;
-  while (PyDict_Next(state, &at, &param, &value)) {
-    outer_.emplace_back(param, value);
-    if (!deep.count(param) || !deep[param] || !PyDict_Check(value)) continue;
-    const size_t first = inner_.size();
-    Py_ssize_t inner = 0;
-    while (PyDict_Next(value, &inner, &key, &tensor)) {
-      inner_.emplace_back(key, tensor);
-    }
-    states_.push_back({value, version_of(value), first, inner_.size() - first});
-  }
-  state_version_ = version_of(state);
+  record_state(state);
   place_devices();
   built_ = true;
 }

@@ -135,8 +135,8 @@ bool Plan::check_state(PyObject* state) {
   return true;
 }
 
-// Whether the lists still hold these parameters, and a like share of the states their tensors. A list has no version,
-// so each is compared.
+// Whether the lists still hold these parameters, and their states these tensors. A list has no version, so each is
+// compared.
 bool Plan::check_objects(size_t begin, size_t end) {
   for (const Group& group : groups_) {
     PyObject* const* const objects = PySequence_Fast_ITEMS(group.params.get());
@@ -144,10 +144,10 @@ bool Plan::check_objects(size_t begin, size_t end) {
     for (size_t k = std::max(begin, group.first); k < last; ++k)
       if (objects[k - group.first] != entries_[k].param.get()) return false;
   }
-  const size_t first = begin * states_.size() / entries_.size(), last = end * states_.size() / entries_.size();
-  for (size_t i = first; i < last; ++i) {
-    if (i + states_ahead < last) __builtin_prefetch(states_[i + states_ahead].dict);
-    State& own = states_[i];
+  for (size_t k = begin; k < end; ++k) {
+    if (k + states_ahead < end) __builtin_prefetch(states_[k + states_ahead].dict);
+    State& own = states_[k];
+    if (!own.dict) continue;
     const uint64_t version = version_of(own.dict);
     if (version != 0 && version == own.version) continue;
     if (!check_items(own.dict, inner_.data() + own.first, own.count)) return false;

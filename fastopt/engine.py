@@ -8,7 +8,7 @@ freshly created state has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -53,11 +53,14 @@ class Engine:
         torch_step: TorchStep | None,
         backend: str | None = None,
         ignored: tuple[str, ...] = (),
+        defaults: Collection[str] = (),
     ) -> None:
         self.rule, self.torch_step = rule, torch_step
         self.asked = backends.wish(backend)
         self.ignored = ignored
-        self.settings = Settings(rule, native.chain_index) if backends.available("native") else Settings(rule)
+        index = {"chain_index": native.chain_index} if backends.available("native") else {}
+        # Others of these torch adds to defaults, and not to groups.
+        self.settings = Settings(rule, flags={"maximize", "weight_decay"} & set(defaults), **index)
         self._plans: dict[str, Any] = {}
         self._routes: dict[int, Route] = {}
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
@@ -32,7 +32,7 @@ Number: TypeAlias = "float | Tensor"
 Condition: TypeAlias = "bool | Tensor"
 
 FLAGS = ("capturable", "differentiable", "fused", "maximize", "weight_decay")
-"""Group keys that matter whatever the rule; a group may lack the first three, and counts as having them off."""
+"""Group keys that matter whatever the rule; an optimizer whose groups lack one counts as having it off."""
 SYMBOLIC = ("lr", "betas")
 """Group keys whose tensors may stay on a device: they decide values, never which stages run."""
 
@@ -380,10 +380,13 @@ PULL = _chain((stages.lookahead,))
 class Settings:
     """Makes settings from parameter groups, one for each distinct set of values."""
 
-    def __init__(self, rule: Rule, chain_index: Callable[[Chain], int] = lambda chain: -1) -> None:
+    def __init__(
+        self, rule: Rule, chain_index: Callable[[Chain], int] = lambda chain: -1, flags: Collection[str] = ()
+    ) -> None:
+        """`flags`: which of `FLAGS` the optimizer's groups have."""
         self.rule, self._index = rule, chain_index
         self.keys = tuple(dict.fromkeys((*rule.hyper, *FLAGS)))
-        self._needed = {*rule.hyper, "maximize", "weight_decay"}
+        self._needed = {*rule.hyper, *flags}
         self._known: dict[tuple[Any, ...], Setting] = {}
 
     def of(self, group: Mapping[str, Any]) -> Setting:

@@ -1,4 +1,5 @@
-"""What test_triton.py runs under Triton's interpreter, in a process of its own: every chain, bit for bit.
+"""What test_triton.py runs under Triton's interpreter, in a process of its own: every chain, bit for bit, with the plan
+that serves most installations; with the other one, which gives the same kernels their work, every stage.
 
 Sizes are around the 16 elements of a vector and the 64 of a work item, beyond which a slice is cut too (see
 triton_interpreter.py). The other side is the reference backend, which test_numbers.py holds to torch's for-loop.
@@ -20,7 +21,7 @@ from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signatu
 
 import fastopt
 from fastopt import rule
-from fastopt.backends import triton, triton_tables
+from fastopt.backends import native, triton, triton_compiled, triton_tables
 from fastopt.chain import Stage, stage, tl
 from fastopt.optimizers.base import Fused
 from fastopt.rule import Hyper, Number, Rule, Slot
@@ -103,7 +104,7 @@ def dtypes(*names: str) -> Any:
     return pytest.mark.parametrize("dtype", [DTYPES[name] for name in names], ids=names)
 
 
-@cases(CASES)
+@cases(CASES if triton_compiled.ENABLED or not native.extension() else STAGES)
 def test_fp32(case: Case) -> None:
     """Ranger synchronises at step 6, where RAdam begins to rectify; the others soon do what they always do."""
     late = case.lookahead or case.name in ("RAdam", "Ranger")
@@ -113,13 +114,13 @@ def test_fp32(case: Case) -> None:
 @pytest.mark.contract("numbers", "low precision", backend="triton")
 @dtypes("fp64", "bf16")
 @cases(STAGES)
-def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
+def test_other_dtypes_of_kernels(case: Case, dtype: torch.dtype) -> None:
     assert_same(*both(case, SHORT, dtype))
 
 
 @pytest.mark.contract("low precision", backend="triton")
 @cases(FEW)
-def test_fp16(case: Case) -> None:
+def test_fp16_of_kernels(case: Case) -> None:
     assert_same(*both(case, SHORT, torch.float16))
 
 
@@ -130,19 +131,19 @@ def test_layouts(case: Case) -> None:
 
 
 @cases(STAGES)
-def test_special_values(case: Case) -> None:
+def test_special_values_of_kernels(case: Case) -> None:
     assert_same(*both(case, SPECIAL, torch.float32))
 
 
 @pytest.mark.contract("low precision", backend="triton")
 @cases(FEW)
-def test_special_values_in_bf16(case: Case) -> None:
+def test_special_values_in_bf16_of_kernels(case: Case) -> None:
     assert_same(*both(case, SPECIAL, torch.bfloat16))
 
 
 @pytest.mark.contract("numbers", optimizers="Ranger", backend="triton")
 @dtypes("fp32", "fp64", "bf16")
-def test_slices_whose_mean_is_subtracted(dtype: torch.dtype) -> None:
+def test_slices_whose_mean_is_subtracted_of_kernels(dtype: torch.dtype) -> None:
     """Within one program and cut into chunks, aligned or not, in memory order or not."""
     assert_same(*both(by_id("ranger-k1")[0], SLICES, dtype))
 
@@ -150,7 +151,7 @@ def test_slices_whose_mean_is_subtracted(dtype: torch.dtype) -> None:
 @pytest.mark.contract("numbers", optimizers="Ranger", backend="triton")
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1e38])
 @pytest.mark.parametrize("columns", [10, 200])
-def test_slices_that_are_not_finite(bad: float, columns: int) -> None:
+def test_slices_that_are_not_finite_of_kernels(bad: float, columns: int) -> None:
     """1e38 adds up to more than float32 holds, but its mean does not."""
     results = []
     for backend in ("triton", "reference"):
@@ -172,7 +173,7 @@ MIXES = {
 @pytest.mark.contract("layouts", backend="triton", difference="mixed dtypes")
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @cases(by_id("adam-amsgrad", "nadam", "rmsprop-everything", "ranger-alpha03", "lookahead-sgd-nesterov"))
-def test_states_of_another_dtype(case: Case, mix: tuple[torch.dtype, torch.dtype]) -> None:
+def test_states_of_another_dtype_of_kernels(case: Case, mix: tuple[torch.dtype, torch.dtype]) -> None:
     traces = []
     for backend in ("triton", "reference"):
         built = Built(SHORT, case, mix[0])

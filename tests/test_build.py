@@ -66,7 +66,7 @@ def test_what_was_asked_for_needs_no_gpu(
     [
         ({"FASTOPT_CUDA": "yes"}, "FASTOPT_CUDA='yes': accepted are auto, 0 and 1"),
         ({"FASTOPT_CUDA_ARCHS": "sm_90"}, "'sm_90' is none; accepted are lists such as 80;90;100"),
-        ({"FASTOPT_CUDA_ARCHS": "75"}, "nvcc cannot compile for sm_75, only for 80, 90, 100"),
+        ({"FASTOPT_CUDA_ARCHS": "75"}, "'75' is too old; kernels are for 80 and later"),
         ({"FASTOPT_CUDA": "1", "FASTOPT_CUDA_MIXES": "f32;f8"}, "unknown f8; known are f32, f64"),
     ],
 )

@@ -37,7 +37,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 INTERPRETED = {
     "chains a to l": ("tests/interpreted.py", "-k", "test_fp32 and (sgd or rmsprop or ada)"),
     "chains l to z": ("tests/interpreted.py", "-k", "test_fp32 and not (sgd or rmsprop or ada)"),
-    "the rest": ("tests/interpreted.py", "-k", "not test_fp32"),
+    "the kernels": ("tests/interpreted.py", "-k", "of_kernels"),
+    "the rest": ("tests/interpreted.py", "-k", "not test_fp32 and not of_kernels"),
     "live changes": ("tests/test_live.py", "-k", "triton"),
 }
 
@@ -48,9 +49,22 @@ COMPILED = "" if backends.available("native") else "the compiled extension is no
 @pytest.mark.contract("numbers", backend="triton")
 @needs_triton
 @pytest.mark.parametrize(
-    "plan", ["python", pytest.param("compiled", marks=pytest.mark.skipif(bool(COMPILED), reason=COMPILED))]
+    ("part", "plan"),
+    [
+        *(
+            pytest.param(
+                part, "compiled", id=f"{name}-compiled", marks=pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
+            )
+            for name, part in INTERPRETED.items()
+        ),
+        # What a kernel computes does not depend on who gave it its work.
+        *(
+            pytest.param(part, "python", id=f"{name}-python")
+            for name, part in INTERPRETED.items()
+            if COMPILED or name != "the kernels"
+        ),
+    ],
 )
-@pytest.mark.parametrize("part", INTERPRETED.values(), ids=INTERPRETED)
 def test_interpreted(part: tuple[str, ...], plan: str) -> None:
     """Triton decides on its interpreter when it is imported, so these run in processes of their own."""
     options = ("-q", "-n", "0", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-W", "ignore::RuntimeWarning")

@@ -180,7 +180,7 @@ class Fused(_Base):
         """The engine of this optimizer, made on first use and again after unpickling."""
         engine: Engine | None = vars(self).get("_engine")
         if engine is None:
-            engine = self._engine = Engine(self.rule, torch_step(self), self._backend)
+            engine = self._engine = Engine(self.rule, torch_step(self), self._backend, defaults=self.defaults)
         return engine
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

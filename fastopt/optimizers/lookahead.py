@@ -218,7 +218,8 @@ class Lookahead(SlowWeights, Optimizer):
         assert isinstance(inner, Fused)
         held: tuple[Optimizer, Engine] | None = vars(self).get("_held")
         if held is None or held[0] is not inner:
-            engine = Engine(LookaheadRule(inner.rule), torch_step(inner), inner.backend, ignored=(STEP,))
+            rule = LookaheadRule(inner.rule)
+            engine = Engine(rule, torch_step(inner), inner.backend, ignored=(STEP,), defaults=inner.defaults)
             self._held = held = (inner, engine)
         return held[1]
 
