@@ -106,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
             return translated([&] { return plan.step(optimizer.ptr(), steps); });
           },
           py::arg("optimizer"), py::arg("streams") = std::vector<uintptr_t>())
-      .def("clear", &Plan::clear)
+      .def("release", &Plan::release)
       .def("devices", &Plan::devices)
       .def("arrange", [](Plan& plan, size_t device,
                          std::vector<uint32_t> places) { plan.external(device).arrange(std::move(places)); })

@@ -73,10 +73,16 @@ int Plan::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
+void Plan::release() {
+  wait_until_idle();
+  clear();
+}
+
 void Plan::clear() {
-  built_ = false;
+  built_ = gathered_ = false;
   found_.clear();
   shared_ = false;
+  shares_.clear();
   states_.clear();
   tracked_.clear();
   devices_.clear();
@@ -148,7 +154,8 @@ void Plan::activate(Entry& entry, Group& group, Found& found, bool sync) {
 // Once something does not fit, nothing does until the plan is built again.
 Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
   const Verdict verdict = inspect(groups, state, sync);
-  if (verdict == Verdict::rebuild) built_ = false;
+  gathered_ = verdict == Verdict::ready;
+  if (!gathered_) built_ = false;
   return verdict;
 }
 
@@ -449,6 +456,8 @@ void Plan::run(bool counts, bool updates) {
 }
 
 void Plan::launch(const std::vector<DeviceStep>& steps) {
+  if (!gathered_) throw std::runtime_error("fastopt: another thread has changed this optimizer during step()");
+  gathered_ = false;
   launch_kernels(steps);
   kept_.clear();
   for (Wrapped& wrapped : wrapped_) wrapped.grad = {};

@@ -59,6 +59,8 @@ class Plan {
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
+  // The same, after a step that is under way in another thread.
+  void release();
 
  private:
   // A parameter whose memory is another tensor's, as a DTensor's is its local shard's.
@@ -207,6 +209,7 @@ class Plan {
   // Gradients and states, while other Python code may run.
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;
   bool built_ = false;
+  bool gathered_ = false;  // and not launched since, nor built again
   bool running_ = false;
   Ref memory_;
   Devices kernels_;

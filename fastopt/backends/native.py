@@ -174,7 +174,7 @@ class Plan:
 
     def __init__(self, core: Any, memory: DeviceMemory) -> None:
         self._core, self._memory = core, memory
-        self.build, self.gather, self.release = core.build, core.gather, core.clear
+        self.build, self.gather, self.release = core.build, core.gather, core.release
 
     def launch(self, amp: Amp) -> None:
         self._core.launch([self._step(device, amp) for device in self._core.devices()])
