@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,29 @@ def placements(folder: Path) -> None:
         columns.grad = None
         row = fastopt.explain(fastopt.Adam([columns], backend=backend)).groups[0]
         assert (row.parameters, row.parameter_bytes) == (24, 24 * 4 // WORLD)
+
+
+def freed(folder: Path) -> None:
+    """What is taken out of the state of a sharded model, to offload it, and its gradients are freed at once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name in ("sgd", "adamw", "ranger"):
+        for backend in BACKENDS:
+            p = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)]))
+            optimizer = RULES[name]([p], backend)
+            for _ in range(3):
+                # Not scattered: gloo's threads may hold what they sent a little longer.
+                p.grad = DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)])
+                optimizer.step()
+            state = optimizer.state[p]
+            keys = [key for key, value in state.items() if value.dim()]
+            held = [weakref.ref(t._local_tensor) for t in (p.grad, *(state[key] for key in keys))]
+            p.grad = None
+            state.update({key: state[key].clone() for key in keys})
+            assert keys
+            assert not [ref for ref in held if ref() is not None], (name, backend)
 
 
 def sequence(folder: Path) -> None:

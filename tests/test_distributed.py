@@ -48,6 +48,7 @@ def run(task: str, folder: Path) -> None:
         pytest.param("placements", marks=distributed(optimizers=("Adam", "Ranger"), backend="all")),
         pytest.param("large", marks=distributed(optimizers=("SGD", "AdamW"), backend="native")),
         pytest.param("sequence", marks=distributed(optimizers=("SGD", "RMSprop", "AdamW"))),
+        pytest.param("freed", marks=distributed(optimizers=("SGD", "AdamW", "Ranger"), backend="all")),
         "ddp",
         pytest.param("zero", marks=distributed(optimizers=("SGD", "Adam", "AdamW", "RAdam", "Ranger"))),
     ],
