@@ -491,13 +491,19 @@ void Plan::keep() {
   }
 }
 
-// A step of this optimizer in another thread, which has released the interpreter lock, is let finish.
-void Plan::wait_until_idle() const {
-  while (running_) {
+// A step of this optimizer in another thread, which has released the interpreter lock, is let finish. Who waits for
+// that gets the lock while the step runs, and not in the moment between two: so a thread that comes back leaves it a
+// turn.
+void Plan::wait_until_idle() {
+  const auto pause = [] {
     PyThreadState* const thread = PyEval_SaveThread();
     std::this_thread::sleep_for(std::chrono::microseconds(50));
     PyEval_RestoreThread(thread);
-  }
+  };
+  for (int turns = 0; waiting_ > 0 && !running_ && turns < 20; ++turns) pause();
+  ++waiting_;
+  while (running_) pause();
+  --waiting_;
 }
 
 bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {

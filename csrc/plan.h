@@ -185,7 +185,7 @@ class Plan {
   void commit(Entry& entry, const Found& found);
   void launch_kernels(const std::vector<DeviceStep>& steps);
   void run(bool counts, bool updates);
-  void wait_until_idle() const;
+  void wait_until_idle();
   const Row* row_for(Group& group, RowKey key);
   void read_symbolic(Group& group) const;
   void trim();
@@ -211,6 +211,7 @@ class Plan {
   bool built_ = false;
   bool gathered_ = false;  // and not launched since, nor built again
   bool running_ = false;
+  int waiting_ = 0;  // threads, for running_ to end
   Ref memory_;
   Devices kernels_;
   std::vector<DevicePlan> devices_;

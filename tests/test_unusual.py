@@ -399,6 +399,40 @@ def test_two_threads_step_one_optimizer(n: int) -> None:
     assert (p == -41).all()
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("n", [100, 1_500_000])
+def test_a_checkpoint_loaded_while_another_thread_steps(n: int, hooked: bool) -> None:
+    """Whoever does that wants it; nothing is read that was freed, and a step is a whole one or says why it is none."""
+    p = nn.Parameter(torch.zeros(n))
+    p.grad = torch.ones(n)
+    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.5)
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *_: None)
+    optimizer.step()
+    saved, done = copy.deepcopy(optimizer.state_dict()), threading.Event()
+    failed: list[str] = []
+
+    def work() -> None:
+        while not done.is_set():
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                failed.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(30):
+        optimizer.load_state_dict(saved)
+        torch.ones(10_000).sum()
+    done.set()
+    thread.join()
+    assert all("another thread" in text or "call step() again" in text for text in failed)
+    optimizer.load_state_dict(saved)
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before - 1.5)
+
+
 # Devices without float64
 
 
