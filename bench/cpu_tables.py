@@ -348,8 +348,9 @@ def _noise(results: Results) -> str:
     return table("Noise of the run: torch fused raced against itself", lines)
 
 
+_EXTRACTS: dict[str, tuple[Callable[[Results], str], ...]] = {"cpu short": (_short,)}
+"""What repeats figures of the blocks below, for pages that want fewer."""
 _BLOCKS: dict[str, tuple[Callable[[Results], str], ...]] = {
-    "cpu short": (_short,),
     "cpu": (_adam, _rules),
     "structure": (
         _compared("Many groups, absent gradients, changing rates, misaligned tensors: Adam, fp32", "structure"),
@@ -367,7 +368,7 @@ UNMEASURED = "Not measured yet: `make bench` does it."
 
 def names() -> list[str]:
     """Of the blocks that a page may have."""
-    return [*_BLOCKS, *(f"cost {name}" for name in dict.fromkeys(kind.name for kind in RULES.values()))]
+    return [*_EXTRACTS, *_BLOCKS, *(f"cost {name}" for name in dict.fromkeys(kind.name for kind in RULES.values()))]
 
 
 def block(name: str, rows: Sequence[Row]) -> str:
@@ -375,18 +376,12 @@ def block(name: str, rows: Sequence[Row]) -> str:
     results = Results(rows)
     if name.startswith("cost "):
         return cost(name.removeprefix("cost "), results)
-    parts = [part for part in (build(results) for build in _BLOCKS[name]) if part]
+    parts = [part for part in (build(results) for build in (_EXTRACTS | _BLOCKS)[name]) if part]
     return "\n\n".join([*parts, provenance(results)]) if parts else UNMEASURED
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """All tables that the rows can fill, and where the figures come from."""
     results = Results(rows)
-    parts = [
-        part
-        for name, builds in _BLOCKS.items()
-        if name != "cpu short"
-        for part in (build(results) for build in builds)
-        if part
-    ]
+    parts = [part for builds in _BLOCKS.values() for part in (build(results) for build in builds) if part]
     return "\n\n".join([*parts, provenance(results)])

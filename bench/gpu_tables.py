@@ -237,7 +237,7 @@ def _noise(results: Results) -> str:
 def _short(results: Results) -> str:
     lines = [line for line in _lines(results, *SHORT_TABLES) if line.rival]
     return table(
-        "One step, until the device is done",
+        "One step: of small tensors with the wait for the device, of large ones by its clock",
         [
             {
                 "optimizer": line.case.kind.label,
@@ -253,14 +253,11 @@ def _short(results: Results) -> str:
 
 SHORT_TABLES = ("gpu small", "gpu groups", "gpu fused", "gpu roof", "gpu rules")
 SHORT: tuple[Part, ...] = (_short,)
-MAIN: tuple[Part, ...] = (
+ALL: tuple[Part, ...] = (
     _small,
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),
-)
-ALL: tuple[Part, ...] = (
-    *MAIN,
     _raced("Parameter lists of real models, step and the wait for the device", "gpu models"),
     _raced("Against the compiled step of torch, by the device's clock", "gpu compiled"),
     trainings,

@@ -6,7 +6,7 @@ torch accepts is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ def why_not_setting(setting: Setting, p: Tensor, emulated: bool = False) -> str:
 def operations_are_watched() -> str:
     """Why no kernel may take a step now: a mode is active that wants to see, record or replace every operator, as
     `torch.autograd.graph.allow_mutation_on_saved_tensors` and tracing do; empty if there is none."""
-    return "a TorchDispatchMode is active, which sees torch's operators only" if _modes() else ""
+    return "a TorchDispatchMode is active, which sees torch's operators only" if active_modes() else ""
 
 
-_modes = torch._C._len_torch_dispatch_stack
+active_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def why_not_containers(optimizer: Optimizer) -> str:

@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 
 from fastopt import backends, memory
 from fastopt.engine import Engine
+from fastopt.optimizers.slow import OF_LOOKAHEAD
 from fastopt.plan import create_counter
+from fastopt.routing import active_modes
 from fastopt.rule import FLAGS, Rule, Settings
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # torch's own objects, bound here because every look-up is a cache miss in a training's step.
 _pre_hooks, _post_hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # see routing.operations_are_watched
 
 
 def _always() -> bool:
@@ -99,7 +100,9 @@ def entry(method: Method) -> Method:
             and (engine := own.get("_engine")) is not None
             and (whole_step := engine.whole_step) is not None
         ):
-            elsewhere = _pre_hooks or _post_hooks or _profiler_enabled() or _modes() or (_ACCELERATORS and _capturing())
+            elsewhere = (
+                _pre_hooks or _post_hooks or _profiler_enabled() or active_modes() or (_ACCELERATORS and _capturing())
+            )
             if not elsewhere and whole_step(own):
                 return None
         if _watched(self) and inspect.unwrap(type(self).step) is method:
@@ -247,7 +250,7 @@ def _check_checkpoint(name: str, rule: Rule, loaded: dict[str, Any]) -> None:
                 "it. To go on with another rule, start this one afresh, or see fastopt.convert"
             )
         slots = {slot.key for slot in settings.of(_completed(rule, group)).named_slots.values()}
-        own = {*slots, *rule.counters, "step", "slow_param"}  # the last is a Lookahead's around this one
+        own = {*slots, *rule.counters, "step", OF_LOOKAHEAD}
         needed = slots - {rule.slow.key if rule.slow else None}
         for k, key in enumerate(group["params"]):
             saved = loaded["state"].get(key)

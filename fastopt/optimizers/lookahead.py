@@ -14,11 +14,11 @@ from fastopt import memory
 from fastopt.chain import Stage
 from fastopt.engine import Due, Engine, is_due, pull_back
 from fastopt.optimizers.base import Fused, entry, hide, torch_step
-from fastopt.optimizers.slow import SlowWeights, check_slow
+from fastopt.optimizers.slow import OF_LOOKAHEAD, SlowWeights, check_slow
 from fastopt.rule import Condition, Hyper, Number, Rule, Slot, copy_of
 
 _OUR_STEP = inspect.unwrap(Fused.step)
-K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", "slow_param"
+K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", OF_LOOKAHEAD
 
 
 def _due(group: dict[str, Any]) -> Due:

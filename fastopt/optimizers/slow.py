@@ -17,6 +17,10 @@ else:
     _Base = object
 
 
+OF_LOOKAHEAD = "slow_param"
+"""The state that a Lookahead adds to those of the optimizer inside it."""
+
+
 def check_slow(k: Any, alpha: Any) -> None:
     """Reject what no slow weights can be run with, before anything is changed."""
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
