@@ -126,8 +126,9 @@ $(HAVE_TORCH):
 $(BUILT) $(BUILT_FOR_TESTS) $(BUILT_AOT): $(HAVE_TORCH) setup.py $(CXX_SOURCES)
 	@echo "extension: compiling what has changed"
 	@rm -f $(BUILT)*
+	@touch $@.begun  # what is edited meanwhile is newer
 	@$(BIN)/python setup.py --quiet build_ext --inplace
-	@touch $@
+	@mv $@.begun $@
 
 # One by one, without dependencies: some would bring another torch, and none has to be there.
 $(STAMP)-peers: bench/peers.txt $(STAMP)-test

@@ -16,7 +16,7 @@ from bench.rules import MIXES, RULES
 class GpuCase(Case):
     """`clock` is the one that the case's times and ratios are taken by; see gpu_clocks."""
 
-    clock: Literal["device", "wall"] = "device"
+    clock: Literal["device", "wall", "rested"] = "device"
     most_rounds: int = 60
     stripped: bool = True
     host: bool = False
@@ -68,6 +68,23 @@ def _small(count: int, numel: int, *goals: Goal, **changes: Any) -> GpuCase:
         host=True,
     )
     return replace(case, **changes)
+
+
+def _rested(count: int, numel: int, *goals: Goal) -> GpuCase:
+    size = f"{count:,}x{numel:,}"
+    changes = {
+        "name": f"rested adam {size}",
+        "table": "gpu rested",
+        "clock": "rested",
+        "rivals": "fused",
+        "host": False,
+    }
+    return _small(count, numel, *goals, seconds=4.0, warm_up=2, **changes)
+
+
+def _misaligned(mix: str) -> GpuCase:
+    workload = replace(_workload(200, 1_000_000, mix), misaligned=True)
+    return _device("misaligned", "Adam", 200, 1_000_000, mix, workload=workload, goals=(Goal("speedup", "≥", 1),))
 
 
 def _groups(settings: int) -> GpuCase:
@@ -173,10 +190,13 @@ GPU_CASES: tuple[GpuCase, ...] = (
     *(_rule(kind, "fp32") for kind in UNFUSED),
     _small(10_000, 64, Goal("time", "≤", 1000), seconds=3.0, least_rounds=12),
     _groups(28),
+    _rested(1000, 1000, Goal("time", "≤", 150)),
+    _rested(10_000, 64),
     _rule("Adam", MIXED),
     _model("ResNet-50"),
     _model("GPT-2"),
     _huge("Adam", 200, 5_000_000, "fp32"),
+    *(_misaligned(mix) for mix in MIXES),
     _device("noise", "Adam", 200, 1_000_000, "fp32", rivals="same", stripped=False),
     _huge("Adam", 1, 1_000_000_000, "fp32"),
     _compiled("RAdam"),

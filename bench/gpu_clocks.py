@@ -2,7 +2,9 @@
 
 `device` times with CUDA events around steps back to back, gradients staying the same: what a step costs a GPU that
 always has work. `wall` times each step with the wait for the device: what a step costs a loop that looks at its result.
-`host` times until step() returns: what a step costs the processor that starts it.
+`rested` is `wall` after the processor had nothing to do for a while, as in a training whose gradients the device is
+computing: its threads have fallen asleep and must be woken. `host` times until step() returns: what a step costs the
+processor that starts it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from bench.race import Runner, Turn
 # time: at first about two milliseconds; for a runner whose host takes longer, as long as that took in its last turn.
 # Not more than the most: a host that waits for the device by itself would ask for longer every time.
 HEAD_START, MOST = 2e-3, 10e-3
+REST = 30e-3  # threads that OpenMP keeps have stopped waiting actively by then
 CYCLES = 2_000_000_000  # of a second, or fewer
 _head_starts: WeakKeyDictionary[Runner, float] = WeakKeyDictionary()
 
@@ -41,15 +44,20 @@ def wall(runner: Runner, first_step: int, steps: int) -> float:
     return _each(runner, first_step, steps, wait=True)
 
 
+def rested(runner: Runner, first_step: int, steps: int) -> float:
+    return _each(runner, first_step, steps, wait=True, rest=REST)
+
+
 def host(runner: Runner, first_step: int, steps: int) -> float:
     return _each(runner, first_step, steps, wait=False)
 
 
-def _each(runner: Runner, first_step: int, steps: int, wait: bool) -> float:
+def _each(runner: Runner, first_step: int, steps: int, wait: bool, rest: float = 0.0) -> float:
     elapsed = 0
     for step in range(first_step, first_step + steps):
         runner.prepare(step)
         synchronize()
+        time.sleep(rest)
         started = time.perf_counter_ns()
         runner.run()
         if wait:
@@ -73,5 +81,10 @@ def synchronize() -> None:
 
 
 def named(name: str) -> Turn:
-    clocks: dict[str, Callable[[Runner, int, int], float]] = {"device": device, "wall": wall, "host": host}
+    clocks: dict[str, Callable[[Runner, int, int], float]] = {
+        "device": device,
+        "wall": wall,
+        "rested": rested,
+        "host": host,
+    }
     return rehearsal if name == "device" and not torch.cuda.is_available() else clocks[name]

@@ -11,6 +11,7 @@ from bench.contenders import NOISE_LABELS, OURS
 from bench.cpu_tables import curves, different, trainings
 from bench.gpu import CEILINGS, LAUNCHES, TRITON
 from bench.gpu_cases import GPU_CASES, STUDIES, GpuCase
+from bench.gpu_clocks import REST
 from bench.gpu_streams import COPY, STRIPPED
 from bench.records import Row
 from bench.tables import NONE, Results, bytes_of, number_of, provenance, rate_of, ratio_of, table, time_of
@@ -102,17 +103,30 @@ def _small(results: Results) -> str:
         "Small tensors: Adam, fp32, step and the wait for the device",
         [
             {
-                "tensors": line.case.size,
-                OURS: line.time(OURS),
-                TRITON: line.time(TRITON),
-                "goal of time": line.goal("time"),
-                **line.against(),
+                **_waited(line),
                 "until step() returns": time_of(line.get(line.subject, "host_us")),
                 "rival's": time_of(line.get(line.rival or "", "host_us")),
             }
             for line in _lines(results, "gpu small")
         ],
     )
+
+
+def _rested(results: Results) -> str:
+    return table(
+        f"The same after the processor has had {REST * 1e3:.0f} ms of rest, as while a device computes gradients",
+        [_waited(line) for line in _lines(results, "gpu rested")],
+    )
+
+
+def _waited(line: Line) -> dict[str, str]:
+    return {
+        "tensors": line.case.size,
+        OURS: line.time(OURS),
+        TRITON: line.time(TRITON),
+        "goal of time": line.goal("time"),
+        **line.against(),
+    }
 
 
 def _groups(results: Results) -> str:
@@ -255,9 +269,14 @@ SHORT_TABLES = ("gpu small", "gpu groups", "gpu fused", "gpu roof", "gpu rules")
 SHORT: tuple[Part, ...] = (_short,)
 ALL: tuple[Part, ...] = (
     _small,
+    _rested,
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),
+    _raced(
+        "Large tensors that begin one element after a multiple of 16 bytes, as parts of flat memory do",
+        "gpu misaligned",
+    ),
     _raced("Parameter lists of real models, step and the wait for the device", "gpu models"),
     _raced("Against the compiled step of torch, by the device's clock", "gpu compiled"),
     trainings,

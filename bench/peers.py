@@ -200,6 +200,7 @@ def of(rule: str, hyper: Mapping[str, Any]) -> dict[str, Factory]:
 
 
 TAILS = "(updates only what fills no vector of the processor, pytorch#191763)"
+DECAY = "(it takes lr * weight_decay * p off p, torch's for-loop multiplies p by a rounded 1 - lr * weight_decay)"
 FLOAT32 = "(its counter and so its coefficients are float32 tensors)"
 
 
@@ -209,6 +210,8 @@ def why_different(label: str, rule: str, mix: str = "fp32") -> str:
         return TAILS
     if label == "torch.compile":
         return FLOAT32
+    if (label, rule) == ("torch fused", "AdamW"):
+        return DECAY
     return next(
         (f"({peer.different})" for peer in PEERS if peer.different and (peer.label, peer.rule) == (label, rule)), ""
     )

@@ -70,7 +70,8 @@ class Tensors:
     def _values(self, seed: int) -> list[Tensor]:
         numel, dtype = self.workload.numel, self.workload.dtype
         tile = torch.randn(min(numel, TILE), generator=torch.Generator().manual_seed(seed)).to(dtype)
-        return self._pieces(tile.to(self.device).repeat(-(-numel // tile.numel()))[:numel])
+        flat = tile.to(self.device).repeat(-(-numel // tile.numel()))[:numel]
+        return self._pieces(self._copy(flat) if self.workload.misaligned else flat)
 
     def _pieces(self, flat: Tensor) -> list[Tensor]:
         shapes = self.workload.shapes

@@ -49,6 +49,7 @@ struct alignas(16) DeviceTensor {
   Pair* parts;                   // where slices longer than longest_row are summed, parts_of(row_length) each
   const DeviceStrides* strides;  // null: all streams are dense and share their strides
   Dtype p_dtype, g_dtype, s_dtype[max_slots];
+  Mix stored;  // all of these together
 };
 
 // One warp's share, the chunk-th of a tensor. Where slices are centralised rows_per_item of them, from

@@ -56,6 +56,36 @@ FASTOPT_HD void write(void* to, const Access<words>& x) {
 #endif
 }
 
+// One element.
+template <class Raw>
+FASTOPT_HD Raw read_one(const Raw* from) {
+  Raw x;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Raw) == 2)
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  else if constexpr (sizeof(Raw) == 4)
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  else
+    asm volatile("ld.global.f64 %0, [%1];" : "=d"(x) : "l"(from));
+#else
+  memcpy(&x, from, sizeof x);
+#endif
+  return x;
+}
+template <class Raw>
+FASTOPT_HD void write_one(Raw* to, Raw x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Raw) == 2)
+    asm volatile("st.global.u16 [%0], %1;" : : "l"(to), "h"(x) : "memory");
+  else if constexpr (sizeof(Raw) == 4)
+    asm volatile("st.global.f32 [%0], %1;" : : "l"(to), "f"(x) : "memory");
+  else
+    asm volatile("st.global.f64 [%0], %1;" : : "l"(to), "d"(x) : "memory");
+#else
+  memcpy(to, &x, sizeof x);
+#endif
+}
+
 // V elements of a stream. All of a tensor's streams are read before any is converted.
 template <class S, int V>
 struct Vector {
@@ -76,6 +106,31 @@ struct Vector {
     memcpy(raw, &held, sizeof raw);
     raw[i] = S::template store<T>(value);
     memcpy(&held, raw, sizeof raw);
+  }
+};
+
+// V elements of a stream that may begin anywhere: a warp's lie side by side, and a lane's a warp apart.
+template <class S, int V>
+struct Spread {
+  typename S::Raw held[V];
+
+  FASTOPT_HD static Spread read(const typename S::Raw* from) {
+    Spread x;
+#pragma unroll
+    for (int j = 0; j < V; ++j) x.held[j] = read_one(from + j * lanes);
+    return x;
+  }
+  FASTOPT_HD void write(typename S::Raw* to) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) write_one(to + j * lanes, held[j]);
+  }
+  template <class T>
+  FASTOPT_HD T get(int j) const {
+    return S::template load<T>(held[j]);
+  }
+  template <class T>
+  FASTOPT_HD void set(int j, T value) {
+    held[j] = S::template store<T>(value);
   }
 };
 
@@ -237,6 +292,22 @@ struct Update {
     }
   }
 
+  // The same for a tensor that is stored as this mix says, but was taken for one of any dtypes.
+  template <Mix any>
+  FASTOPT_HD explicit Update(const Update<Chain, any, scaled>& from)
+      : tensor(from.tensor),
+        n(from.n),
+        first_slot(from.first_slot),
+        p(from.p),
+        g(from.g),
+        shift(from.shift),
+        scale(from.scale) {
+#pragma unroll
+    for (int k = 0; k < S; ++k) s[k] = from.s[k];
+#pragma unroll
+    for (int k = 0; k < C; ++k) c[k] = from.c[k];
+  }
+
   // This lane's part of the sum of the gradients [begin, end).
   FASTOPT_HD Pair sum(int64_t begin, int64_t end, int lane) const {
     if constexpr (M::any)
@@ -249,6 +320,7 @@ struct Update {
   // This lane's part of the elements [begin, end).
   FASTOPT_HD void range(int64_t begin, int64_t end, int lane) const {
     if constexpr (M::any) {
+      if (known(begin, end, lane)) return;
       for (int64_t i = begin + lane; i < end; i += lanes) any_element(i);
     } else {
       // From a whole vector on. Fewer than V elements lie before it: less than a warp.
@@ -256,6 +328,19 @@ struct Update {
       if (lane < first - begin) element(streams(begin), lane);
       run<lanes * V>(streams(first + lane * V), static_cast<int>(end - first) - lane * V);
     }
+  }
+
+  // The same, of streams that may begin anywhere.
+  FASTOPT_HD void spread(int64_t begin, int64_t end, int lane) const {
+    Streams at = streams(begin + lane);
+    int left = static_cast<int>(end - begin) - lane;
+#pragma unroll 1
+    for (; left > (V - 1) * lanes; left -= V * lanes) {
+      vector<Spread>(at);
+      at.advance(V * lanes);
+    }
+#pragma unroll 1
+    for (int i = 0; i < left; i += lanes) element(at, i);
   }
 
   // This lane's part of an item that is dealt out together with others.
@@ -291,7 +376,7 @@ struct Update {
     // A second vector could not be read before the first is written: unrolling would only cost registers.
 #pragma unroll 1
     for (; left >= V; left -= stride) {
-      vector(at);
+      vector<Vector>(at);
       at.advance(stride);
     }
 #pragma unroll 1
@@ -300,9 +385,10 @@ struct Update {
 
   FASTOPT_HD T divided(T gradient) const { return gradient / static_cast<T>(*scale); }
 
+  template <template <class, int> class Held>
   FASTOPT_HD void vector(const Streams& at) const {
-    using PVector = Vector<typename M::P, V>;
-    using SVector = Vector<typename M::State, V>;
+    using PVector = Held<typename M::P, V>;
+    using SVector = Held<typename M::State, V>;
     PVector d = PVector::read(at.g), x = PVector::read(at.p);
     SVector v[S + 1];
 #pragma unroll
@@ -342,6 +428,22 @@ struct Update {
     for (int k = 0; k < S; ++k) at.s[k][i] = M::State::template store<T>(w[k]);
   }
 
+  // range() of a dense tensor that is stored as one of the named mixes: many elements are under way at a time, and
+  // their dtypes are known. False: it is no such tensor. (With a loss scale none is: not worth the time to compile it.)
+  FASTOPT_HD bool known(int64_t begin, int64_t end, int lane) const {
+    if constexpr (scaled) return false;
+    if (tensor.strides) return false;
+    return is<Mix::f32>(begin, end, lane) || is<Mix::bf16>(begin, end, lane) || is<Mix::f16>(begin, end, lane) ||
+           is<Mix::bf16_f32>(begin, end, lane) || is<Mix::f16_f32>(begin, end, lane) || is<Mix::f64>(begin, end, lane);
+  }
+  template <Mix mix_>
+  FASTOPT_HD bool is(int64_t begin, int64_t end, int lane) const {
+    if constexpr (is_wide(mix_) != is_wide(mix)) return false;
+    if (tensor.stored != mix_) return false;
+    Update<Chain, mix_, scaled>(*this).spread(begin, end, lane);
+    return true;
+  }
+
   FASTOPT_HD void any_element(int64_t i) const {
     int64_t at[2 + S];
 #pragma unroll
@@ -367,27 +469,23 @@ FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& 
   using T = typename U::T;
   const DeviceTensor& tensor = update.tensor;
   const int64_t length = tensor.row_length;
-  if (length > longest_row) {
-    const int64_t pieces = pieces_of(length), parts = parts_of(length), row = item.chunk / pieces;
-    const Pair* const own = tensor.parts + row * parts;
+  // Of a longer slice the item is a piece, and its parts are summed already.
+  const bool is_long = length > longest_row;
+  const int64_t pieces = is_long ? pieces_of(length) : 1, parts = is_long ? parts_of(length) : 0;
+  const int64_t rows = is_long ? 1 : rows_per_item(length, int64_t{1} << header.row_bits);
+  const int64_t row = item.chunk / pieces * rows, skipped = item.chunk % pieces * longest_row;
+  const int64_t all = (row + rows) * length, stop = all < tensor.n ? all : tensor.n;
+  for (int64_t slice = row * length; slice < stop; slice += length) {
     const Pair sum = warp.sum([&](int lane) {
-      Pair all{0, 0};
+      if (!is_long) return update.sum(slice, slice + length, lane);
+      Pair both{0, 0};
 #pragma unroll 1
-      for (int64_t k = lane; k < parts; k += lanes) all = add(all, own[k]);
-      return all;
+      for (int64_t k = lane; k < parts; k += lanes) both = add(both, tensor.parts[row * parts + k]);
+      return both;
     });
     update.shift = static_cast<T>(total(sum) / static_cast<double>(length));
-    const int64_t begin = row * length + item.chunk % pieces * longest_row, end = (row + 1) * length;
-    warp.each([&](int lane) { update.range(begin, begin + longest_row < end ? begin + longest_row : end, lane); });
-    return;
-  }
-  const int short_length = static_cast<int>(length);
-  int64_t begin = item.chunk * rows_per_item(length, int64_t{1} << header.row_bits) * length;
-  const int64_t end = begin + rows_per_item(length, int64_t{1} << header.row_bits) * length;
-  for (const int64_t stop = end < tensor.n ? end : tensor.n; begin < stop; begin += short_length) {
-    const Pair sum = warp.sum([&](int lane) { return update.sum(begin, begin + short_length, lane); });
-    update.shift = static_cast<T>(total(sum) / static_cast<double>(short_length));
-    warp.each([&](int lane) { update.range(begin, begin + short_length, lane); });
+    const int64_t begin = slice + skipped, left = length - skipped;
+    warp.each([&](int lane) { update.range(begin, begin + (left < longest_row ? left : longest_row), lane); });
   }
 }
 

@@ -63,12 +63,14 @@ uint32_t fits_32(int64_t n) {
 
 }  // namespace
 
+Mix stored_as(const DeviceTensor& t) {
+  if (t.g_dtype != t.p_dtype) return any_mix(t.p_dtype);
+  return mix_of(t.p_dtype, t.s_dtype, static_cast<int>(std::find(t.s, t.s + max_slots, nullptr) - t.s));
+}
+
 Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
-  const DeviceTensor& t = entry.tensor;
-  if (!aligned || entry.layout || t.g_dtype != t.p_dtype) return any_mix(t.p_dtype);
-  const auto slots = static_cast<int>(std::find(t.s, t.s + max_slots, nullptr) - t.s);
-  const Mix mix = mix_of(t.p_dtype, t.s_dtype, slots);
-  return driver.has_mix[static_cast<int>(mix)] ? mix : any_mix(t.p_dtype);
+  const Mix mix = stored_as(entry.tensor);
+  return aligned && !entry.layout && driver.has_mix[static_cast<int>(mix)] ? mix : any_mix(entry.tensor.p_dtype);
 }
 
 size_t DevicePlan::add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters) {
@@ -232,6 +234,7 @@ void DevicePlan::place(const DeviceMemory& memory) {
     std::vector<DeviceStrides> strides(bucket.entries.size());
     for (size_t i = 0; i < bucket.entries.size(); ++i) {
       DeviceTensor tensor = bucket.entries[i].tensor;
+      tensor.stored = stored_as(tensor);
       if (bucket.first_sum[i] != bucket.first_sum[i + 1])
         tensor.parts = reinterpret_cast<Pair*>(base + at.parts) + bucket.first_sum[i];
       if (bucket.entries[i].layout) {

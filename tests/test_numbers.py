@@ -54,6 +54,8 @@ LAYOUTS = Scenario(
         S((1, 9), "odd_ones", "contiguous"),
         S((9, 1), "contiguous", "odd_ones"),
         S((1, 1), "odd_ones", "odd_ones"),
+        S((1030,), "offset1", "offset3"),
+        S((3, 301), "contiguous", "offset1"),
     ),
 )
 
@@ -156,6 +158,8 @@ LOW_PRECISION = Scenario(
         *(S((n,)) for n in (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 65, 1027)),
         S(()),
         S((33,), "offset1", "offset3"),
+        S((1030,), "offset1", "offset3"),
+        S((3, 301), "contiguous", "offset1"),
         S((6, 11), "transposed", "contiguous"),
         S((2, 3, 4, 5), "channels_last", "contiguous"),
         S((5, 7), "every_other", "every_other"),

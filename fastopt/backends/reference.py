@@ -159,7 +159,8 @@ def row_mean(g: Tensor, rows: int) -> Tensor:
         low = low + error.sum(1, keepdim=True)
         x = torch.cat([s, x[:, 2 * half :]], 1)
     total = x + low
-    mean = torch.where(total.isnan(), x, total) / n
+    # By a tensor: torch multiplies by the rounded reciprocal of a number, on a GPU.
+    mean = torch.where(total.isnan(), x, total) / torch.full_like(x, n)
     return mean.to(g.dtype).reshape(rows, *[1] * (g.dim() - 1))
 
 
