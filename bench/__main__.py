@@ -40,14 +40,16 @@ def _parser() -> argparse.ArgumentParser:
         help="a smoke: small tensors, few rounds, nothing recorded unless --csv is given",
     )
     cpu.add_argument(
-        "--only", metavar="PATTERN", help="cases whose name begins so, shell patterns allowed: 'adam', '*1x50'"
+        "--only",
+        metavar="PATTERN",
+        help="cases whose name begins so, shell patterns and several of them allowed: 'adam', '*1x50;groups'"
     )
     cpu.add_argument("--csv", type=Path, help="where to append (default: bench/results/cpu.csv)")
     cpu.add_argument("--no-csv", action="store_true", help="print only")
     cpu.add_argument("--threads", type=int, default=2, help="threads torch and fastopt may use (default: 2)")
     cpu.set_defaults(command=_cpu)
     on_gpu = commands.add_parser("gpu", help="race on the GPU; print the tables and append to the CSV")
-    on_gpu.add_argument("--only", metavar="PATTERN", help="cases whose name begins so, shell patterns allowed")
+    on_gpu.add_argument("--only", metavar="PATTERN", help="as for cpu")
     on_gpu.add_argument("--out", type=Path, default=RESULTS, help="the folder of gpu.csv (default: bench/results)")
     on_gpu.add_argument("--seconds", type=float, default=600, help="begin no case that would end later (default: 600)")
     on_gpu.add_argument("--no-csv", action="store_true", help="print only")

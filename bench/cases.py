@@ -294,5 +294,5 @@ CASES: tuple[Case, ...] = (
 
 
 def matches(name: str, pattern: str | None) -> bool:
-    """Whether `--only PATTERN` selects the name: its beginning, or a shell pattern."""
-    return pattern is None or fnmatch(name, f"{pattern}*")
+    """Whether `--only PATTERN` selects the name: its beginning, or a shell pattern, or several of them between ";"."""
+    return pattern is None or any(fnmatch(name, f"{each}*") for each in pattern.split(";"))
