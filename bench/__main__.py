@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument(
         "--only",
         metavar="PATTERN",
-        help="cases whose name begins so, shell patterns and several of them allowed: 'adam', '*1x50;groups'"
+        help="cases whose name begins so, shell patterns and several of them allowed: 'adam', '*1x50;groups'",
     )
     cpu.add_argument("--csv", type=Path, help="where to append (default: bench/results/cpu.csv)")
     cpu.add_argument("--no-csv", action="store_true", help="print only")

@@ -31,7 +31,7 @@ class Verdict:
     others: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, case: Case, results: Results, subject: str = OURS) -> Verdict | None:
+    def of(cls, case: Case, results: Results, subject: str = OURS, rival: str | None = None) -> Verdict | None:
         time = results.get(case.name, subject, "us_per_step")
         speedups = {
             row.metric.partition("/")[2]: row for row in results.of(case.name, "speedup") if row.contender == subject
@@ -41,7 +41,7 @@ class Verdict:
         if time is None or not known:
             return None
         same = {label for label in known if (row := results.get(case.name, subject, f"same_work/{label}")) and row.p50}
-        rival = min(same or known, key=lambda label: known[label].p50)
+        rival = rival or min(same or known, key=lambda label: known[label].p50)
         others = tuple(label for label in known if label not in same and known[label].p50 < known[rival].p50)
         yardstick = case.yardstick.label if case.yardstick else ""
         metrics = (f"{measure}/{yardstick}" for measure in ("cost", "rate"))

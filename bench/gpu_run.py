@@ -150,7 +150,7 @@ class Run:
     def _shard(self, i: int, log: Path) -> Process:
         options = [
             "-q",
-            "-rfE",
+            "-rfEs",
             "--tb=short",
             "-p",
             "no:cacheprovider",

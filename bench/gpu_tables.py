@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from bench.cases import Measure
 from bench.contenders import NOISE_LABELS, OURS
-from bench.cpu_tables import curves, different, trainings
+from bench.cpu_tables import Verdict, curves, different, trainings
 from bench.gpu import CEILINGS, LAUNCHES, TRITON
 from bench.gpu_cases import GPU_CASES, STUDIES, GpuCase
 from bench.gpu_clocks import REST
@@ -41,6 +41,13 @@ class Line:
         raced = [row.metric.partition("/")[2] for row in self.results.of(self.case.name, "speedup")]
         times = {label: row for label in raced if (row := self.get(label, "us_per_step")) and not _is_ours(label)}
         return min(times, key=lambda label: times[label].p50) if times else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Over its rival."""
+        found = Verdict.of(self.case, self.results, self.subject, self.rival)
+        assert found, f"{self.case.name} has no rival"
+        return found
 
     def time(self, contender: str) -> str:
         return time_of(self.get(contender, "us_per_step"))
@@ -248,8 +255,19 @@ def _noise(results: Results) -> str:
     )
 
 
+def in_short(results: Results) -> list[Line]:
+    """What the README shows: every rule in fp32, the 16 bits of those that torch has a fused step for, few sizes."""
+    return [
+        line
+        for line in _lines(results, "gpu small", "gpu groups", "gpu fused", "gpu rules", "gpu models")
+        if line.rival
+        and (line.case.mix == "fp32" or line.case.table == "gpu fused")
+        and line.case.size not in ("1,000x50,000", "1x1,000", "100x10,000")
+        and "centered" not in line.case.kind.label
+    ]
+
+
 def _short(results: Results) -> str:
-    lines = [line for line in _lines(results, *SHORT_TABLES) if line.rival]
     return table(
         "One step: of small tensors with the wait for the device, of large ones by its clock",
         [
@@ -260,12 +278,11 @@ def _short(results: Results) -> str:
                 OURS: line.time(OURS),
                 **{name: cell for name, cell in line.against().items() if name != "goal"},
             }
-            for line in lines
+            for line in in_short(results)
         ],
     )
 
 
-SHORT_TABLES = ("gpu small", "gpu groups", "gpu fused", "gpu roof", "gpu rules")
 SHORT: tuple[Part, ...] = (_short,)
 ALL: tuple[Part, ...] = (
     _small,

@@ -200,7 +200,7 @@ def of(rule: str, hyper: Mapping[str, Any]) -> dict[str, Factory]:
 
 
 TAILS = "(updates only what fills no vector of the processor, pytorch#191763)"
-DECAY = "(it takes lr * weight_decay * p off p, torch's for-loop multiplies p by a rounded 1 - lr * weight_decay)"
+DECAY = "(in rounding: it takes lr * weight_decay * p off p; torch's for-loop multiplies p by 1 - lr * weight_decay)"
 FLOAT32 = "(its counter and so its coefficients are float32 tensors)"
 
 

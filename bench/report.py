@@ -10,7 +10,7 @@ from bench import cpu_tables, plots, tuning
 from bench.gpu_tables import SHORT, UNMEASURED, gpu_markdown
 from bench.records import read
 
-GPU_BLOCKS = ("gpu", "gpu short", "gpu since", "tuning")
+GPU_BLOCKS = ("gpu", "gpu short", "tuning")
 ELSEWHERE = "cpu elsewhere"  # the block "cpu" of another machine, whose records lie in a file of their own
 OPENING, CLOSING = "<!-- bench:{name} -->", "<!-- /bench:{name} -->"
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[^>]+?) -->\n.*?<!-- /bench:(?P<end>[^>]+?) -->", re.DOTALL)
@@ -30,7 +30,6 @@ def bodies(csv: Path, gpu_csv: Path) -> Callable[[str], str]:
         ELSEWHERE: lambda: cpu_tables.block("cpu", read(other_csv) if other_csv.exists() else []),
         "gpu": lambda: gpu_markdown(gpu_rows),
         "gpu short": lambda: gpu_markdown(gpu_rows, SHORT),
-        "gpu since": lambda: tuning.since(gpu_rows, tried) or UNMEASURED,
         "tuning": lambda: tuning.tuning_markdown(tried, swept) or UNMEASURED,
     }
     return lambda name: special[name]() if name in special else cpu_tables.block(name, rows)
@@ -39,15 +38,20 @@ def bodies(csv: Path, gpu_csv: Path) -> Callable[[str], str]:
 def write(csv: Path, gpu_csv: Path, pages: Iterable[Path], folder: Path) -> list[Path]:
     """Fill every block of the pages and draw the plots; gives what was written."""
     body = bodies(csv, gpu_csv)
-    rows, written = read(csv), []
+    rows, gpu_rows, written = read(csv), read(gpu_csv) if gpu_csv.exists() else [], []
     for page in pages:
         text = page.read_text(encoding="utf-8")
         filled = with_blocks(text, body, str(page))
         if "<!-- bench:" in text:
             page.write_text(filled, encoding="utf-8")
             written.append(page)
-    for draw, name in ((plots.speedups, "cpu.png"), (plots.curves, "curves.png")):
-        if draw(rows, folder / name):
+    for draw, of, name in (
+        (plots.speedups, rows, "cpu.png"),
+        (plots.curves, rows, "curves.png"),
+        (plots.gpu_speedups, gpu_rows, "gpu.png"),
+        (plots.gpu_curves, gpu_rows, "gpu_curves.png"),
+    ):
+        if draw(of, folder / name):
             written.append(folder / name)
     return written
 

@@ -10,17 +10,9 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.contenders import OURS
-from bench.gpu import CEILINGS
-from bench.gpu_cases import GPU_CASES
-from bench.records import Row
-from bench.rules import MIXES, RULES
-from bench.tables import NONE, Results, table, time_of
+from bench.tables import NONE, table
 
 HINTS = ("none", "loads", "states", "both")
-ALONE = "200x1,000,000, native: vectors that a lane takes"
-CHOSEN = "2"  # csrc/device_plan.cpp
-SIZE, NUMEL = "200x1,000,000", 200_000_000
 Record = Mapping[str, str]
 
 
@@ -63,40 +55,6 @@ def _hints(rows: Sequence[Record]) -> str:
     wanted = [f"hints: {h}" for h in HINTS]
     tried = {what: {h: found[h] for h in wanted} for what, found in known.items() if set(wanted) <= set(found)}
     return table("The sweep, GB/s: cache hints", _crossed("rule and shape", tried))
-
-
-def since(raced: Sequence[Row], tried: Sequence[Record]) -> str:
-    """A step as it was when it was raced, as it is since, and what the streams alone took in the race's run."""
-    results = Results(raced)
-    now = {
-        row["case"]: float(row["microseconds"]) for row in tried if (row["measured"], row["variant"]) == (ALONE, CHOSEN)
-    }
-    lines = []
-    for kind, mix in ((kind, mix) for kind in RULES.values() for mix in MIXES):
-        if (alone := now.get(f"{kind.label}, {mix}")) is None:
-            continue
-        streams = kind.streams(mix)
-        ceiling = results.get(CEILINGS, str(streams), "gb_per_s")
-        floor = NUMEL * kind.bytes_per_element(mix) / ceiling.p50 * 1e-3 if ceiling else None
-        names = (case.name for case in GPU_CASES if (case.kind, case.mix, case.size) == (kind, mix, SIZE))
-        first = next(filter(None, (results.get(name, OURS, "us_per_step") for name in names)), None)
-        lines.append(
-            {
-                "rule": kind.label,
-                "stored as": mix,
-                "in the first run": time_of(first),
-                "since, alone": f"{alone:,.0f} µs",
-                "the streams, no arithmetic": f"{floor:,.0f} µs" if floor else NONE,
-                "their share": f"{floor / alone:.2f}" if floor else NONE,
-            }
-        )
-    if not lines:
-        return ""
-    (ran,) = results.environments([CEILINGS])
-    days = sorted({row["date"] for row in tried if row["measured"] == ALONE})
-    first_run = f"commit {ran.commit}, {ran.date}, {ran.device}"
-    where = f"Medians. First run and streams: {first_run}. Since: {', '.join(days)}."
-    return table(f"{SIZE}, native, by the device's clock", lines) + "\n\n" + where
 
 
 def _short(shape: str) -> str:

@@ -237,8 +237,6 @@ const InstructionSet& instruction_set() {
 std::vector<std::string> chain_names() { return names(Chains{}); }
 int chain_slots(int chain) { return slots(Chains{}, chain); }
 
-int thread_count() { return at::get_num_threads(); }
-
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
 }

@@ -40,8 +40,6 @@ const InstructionSet& instruction_set();
 std::vector<std::string> chain_names();
 int chain_slots(int chain);
 
-// How many threads torch may use.
-int thread_count();
 // Calls f on parts of [0, n) on torch's threads; parts are at least `grain` long.
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 

@@ -9,7 +9,6 @@
 #include <thread>
 #include <utility>
 
-#include "helpers.h"
 #include "plan_names.h"
 
 namespace fastopt {
@@ -18,8 +17,6 @@ namespace {
 // Tensors that are examined by one thread; from twice as many on, every thread gets its share of them, for torch wakes
 // all of its threads or none.
 constexpr int64_t examine_alone = 200, examine_grain = 50;
-// Tensors for which one more helper is woken, where those examine.
-constexpr int64_t helped = 100;
 // How many entries ahead cache lines are asked for: what is known by address, then gradients, then their storages; in
 // the pass that changes something, what counts its changes, then elements.
 constexpr size_t far = 32, near = 16, nearer = 8;
@@ -178,7 +175,8 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
   // This touches no Python object's reference count, so it may run on several threads at once.
   std::atomic<bool> intact = true, settled = shared_;
-  for_entries([&](int64_t begin, int64_t end) {
+  const auto count = static_cast<int64_t>(entries_.size());
+  parallel(count, count < 2 * examine_alone ? count : examine_grain, [&](int64_t begin, int64_t end) {
     const auto first = static_cast<size_t>(begin), last = static_cast<size_t>(end);
     if (!check_objects(first, last))
       intact = false;
@@ -196,16 +194,6 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   for (Group& group : groups_) group.taken = group.last_row;
   shared_ = true;
   return Verdict::ready;
-}
-
-// Calls f on parts of the entries, on several threads where there are many: on torch's where the host has elements to
-// update too, for then they are awake.
-void Plan::for_entries(const std::function<void(int64_t, int64_t)>& f) const {
-  const auto count = static_cast<int64_t>(entries_.size());
-  if (!devices_.empty() && shares_.elements() == 0)
-    with_help(count, count < 2 * examine_alone ? 1 : std::min(thread_count(), static_cast<int>(count / helped)), f);
-  else
-    parallel(count, count < 2 * examine_alone ? count : examine_grain, f);
 }
 
 // Tells the devices what rows follow those of the last step.
@@ -458,15 +446,6 @@ void Plan::prefetch_data(size_t k) const {
 
 // One pass over the parameters: what is counted of each, and on the host its elements.
 void Plan::run(bool counts, bool updates) {
-  if (counts && shares_.elements() == 0) {  // the devices update them all
-    for_entries([this](int64_t begin, int64_t end) {
-      for (auto k = static_cast<size_t>(begin); k < static_cast<size_t>(end); ++k) {
-        if (k + counts_ahead < entries_.size()) prefetch_counts(k + counts_ahead);
-        if (found_[k].active) commit(entries_[k], found_[k]);
-      }
-    });
-    return;
-  }
   shares_.run([=, this](size_t k, int64_t begin, int64_t end, bool first) {
     if (counts && k + counts_ahead < entries_.size()) prefetch_counts(k + counts_ahead);
     if (updates && k + data_ahead < entries_.size()) prefetch_data(k + data_ahead);

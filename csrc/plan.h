@@ -8,7 +8,6 @@
 // nothing depends on its being the same object.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <unordered_set>
 #include <utility>
@@ -167,7 +166,6 @@ class Plan {
   DeviceSetting device_setting(Group& group, PyObject* sync);
   void add_counted(Entry& entry, const Found& found, const DeviceSetting& setting);
   void place_devices();
-  void for_entries(const std::function<void(int64_t, int64_t)>& f) const;
   bool examine(size_t begin, size_t end, PyObject* sync);
   void look(const Entry& entry, Found& found) const;
   bool check_grad(const Entry& entry, Found& found) const;
