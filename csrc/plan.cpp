@@ -21,6 +21,7 @@ constexpr int64_t examine_alone = 200, examine_grain = 50;
 // the pass that changes something, what counts its changes, then elements.
 constexpr size_t far = 32, near = 16, nearer = 8;
 constexpr size_t counts_ahead = 8, data_ahead = 2;
+constexpr size_t groups_ahead = 8;
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
 // What of `sync` is a group's.
@@ -165,8 +166,10 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
   ++looks_;
-  for (size_t i = 0; i < groups_.size(); ++i)
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    if (i + groups_ahead < groups_.size()) prefetch(groups_[i + groups_ahead]);
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
+  }
   if (!check_state(state)) return Verdict::rebuild;
 
   found_.resize(entries_.size());
@@ -313,6 +316,12 @@ void Plan::prefetch(const Entry& entry) const {
   }
   prefetch_sizes(tensor[0].impl);
   __builtin_prefetch(entry.meta);
+}
+
+// What check_group() reads, with the list's length.
+void Plan::prefetch(const Group& group) const {
+  prefetch_object(group.dict.get());
+  prefetch_object(group.params.get());
 }
 
 const c10::TensorImpl* Plan::find_grad(const Entry& entry) const {

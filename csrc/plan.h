@@ -172,6 +172,7 @@ class Plan {
   bool fits_table(const Entry& entry, const Found& found) const;
   void layout_with(Entry& entry, c10::IntArrayRef gradient) const;
   void prefetch(const Entry& entry) const;
+  void prefetch(const Group& group) const;
   void prefetch_counts(size_t k) const;
   void prefetch_data(size_t k) const;
   const c10::TensorImpl* find_grad(const Entry& entry) const;
