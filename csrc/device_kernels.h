@@ -428,19 +428,21 @@ struct Update {
     for (int k = 0; k < S; ++k) at.s[k][i] = M::State::template store<T>(w[k]);
   }
 
-  // range() of a dense tensor that is stored as one of the named mixes: many elements are under way at a time, and
-  // their dtypes are known. False: it is no such tensor. (With a loss scale none is: not worth the time to compile it.)
+  // range() of a dense tensor that is stored as one of these mixes: many elements are under way at a time, and their
+  // dtypes are known. False: it is no such tensor. (None is in float16 or with a loss scale: not worth the compiler's
+  // time.)
   FASTOPT_HD bool known(int64_t begin, int64_t end, int lane) const {
-    if constexpr (scaled) return false;
-    if (tensor.strides) return false;
-    return is<Mix::f32>(begin, end, lane) || is<Mix::bf16>(begin, end, lane) || is<Mix::f16>(begin, end, lane) ||
-           is<Mix::bf16_f32>(begin, end, lane) || is<Mix::f16_f32>(begin, end, lane) || is<Mix::f64>(begin, end, lane);
+    if constexpr (scaled)
+      return false;
+    else if constexpr (is_wide(mix))
+      return is<Mix::f64>(begin, end, lane);
+    else
+      return is<Mix::f32>(begin, end, lane) || is<Mix::bf16>(begin, end, lane) || is<Mix::bf16_f32>(begin, end, lane);
   }
-  template <Mix mix_>
+  template <Mix one>
   FASTOPT_HD bool is(int64_t begin, int64_t end, int lane) const {
-    if constexpr (is_wide(mix_) != is_wide(mix)) return false;
-    if (tensor.stored != mix_) return false;
-    Update<Chain, mix_, scaled>(*this).spread(begin, end, lane);
+    if (tensor.strides || tensor.stored != one) return false;
+    Update<Chain, one, scaled>(*this).spread(begin, end, lane);
     return true;
   }
 
@@ -469,23 +471,33 @@ FASTOPT_HD void run_rows(U& update, const LaunchHeader& header, const WorkItem& 
   using T = typename U::T;
   const DeviceTensor& tensor = update.tensor;
   const int64_t length = tensor.row_length;
-  // Of a longer slice the item is a piece, and its parts are summed already.
   const bool is_long = length > longest_row;
-  const int64_t pieces = is_long ? pieces_of(length) : 1, parts = is_long ? parts_of(length) : 0;
-  const int64_t rows = is_long ? 1 : rows_per_item(length, int64_t{1} << header.row_bits);
-  const int64_t row = item.chunk / pieces * rows, skipped = item.chunk % pieces * longest_row;
-  const int64_t all = (row + rows) * length, stop = all < tensor.n ? all : tensor.n;
-  for (int64_t slice = row * length; slice < stop; slice += length) {
+  int64_t begin, stop;
+  if (is_long) {  // the item is a piece of a slice, whose parts are summed already
+    const int64_t pieces = pieces_of(length), parts = parts_of(length), row = item.chunk / pieces;
+    const Pair* const own = tensor.parts + row * parts;
     const Pair sum = warp.sum([&](int lane) {
-      if (!is_long) return update.sum(slice, slice + length, lane);
-      Pair both{0, 0};
+      Pair all{0, 0};
 #pragma unroll 1
-      for (int64_t k = lane; k < parts; k += lanes) both = add(both, tensor.parts[row * parts + k]);
-      return both;
+      for (int64_t k = lane; k < parts; k += lanes) all = add(all, own[k]);
+      return all;
     });
     update.shift = static_cast<T>(total(sum) / static_cast<double>(length));
-    const int64_t begin = slice + skipped, left = length - skipped;
-    warp.each([&](int lane) { update.range(begin, begin + (left < longest_row ? left : longest_row), lane); });
+    begin = row * length + item.chunk % pieces * longest_row;
+    stop = begin + longest_row < (row + 1) * length ? begin + longest_row : (row + 1) * length;
+  } else {
+    const int64_t together = rows_per_item(length, int64_t{1} << header.row_bits) * length;
+    begin = item.chunk * together;
+    stop = begin + together < tensor.n ? begin + together : tensor.n;
+  }
+  const int step = static_cast<int>(is_long ? longest_row : length);
+  for (; begin < stop; begin += step) {
+    const int64_t end = begin + step < stop ? begin + step : stop;
+    if (!is_long) {
+      const Pair sum = warp.sum([&](int lane) { return update.sum(begin, end, lane); });
+      update.shift = static_cast<T>(total(sum) / static_cast<double>(step));
+    }
+    warp.each([&](int lane) { update.range(begin, end, lane); });
   }
 }
 

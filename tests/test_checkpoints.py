@@ -358,6 +358,7 @@ RELATED = {
 STEPPING = (*TORCH_NAMES, "Ranger")
 
 
+@pytest.mark.contract("state", difference="checkpoints of other optimizers")
 @pytest.mark.parametrize(("saved", "loading"), [*itertools.permutations(STEPPING, 2)])
 def test_another_rules_checkpoint_is_refused_before_anything_changes(saved: str, loading: str) -> None:
     (p,) = ps = [torch.nn.Parameter(torch.ones(4))]

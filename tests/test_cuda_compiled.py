@@ -35,7 +35,7 @@ BUDGETS = {
     "bf16_f32": (32, 40, 48, 64, 72),
     "bf16": (32, 48, 56, 72, 72),
 }
-CENTRALISED = {"f32": 88, "f64": 128, "bf16_f32": 88, "bf16": 96}
+CENTRALISED = {"f32": 88, "f64": 128, "bf16_f32": 96, "bf16": 96}
 # Kernels that divide by a loss scale, and those for any storage, are asked for nothing but not to spill.
 OTHERS = {"scaled": 128, "any": 168}
 ELSEWHERE = 16  # that ptxas takes more for sm_80 and sm_100

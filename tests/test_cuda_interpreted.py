@@ -27,11 +27,12 @@ from fastopt.chain import Chain
 
 AOT = os.environ.get("FASTOPT_AOT") == "1"
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+STORED = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3, "bf16_f32": 4, "f16_f32": 5, "any_f32": 6, "any_f64": 7}
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 256
 SLOTS = 4
 HEADER = struct.Struct("<5Q2I2H2I2h")
-TENSOR = struct.Struct("<Q4Q2q2Q6b2x")
+TENSOR = struct.Struct("<Q4Q2q2Q7bx")
 ONE_OF_EACH = ("scale+l2+nesterov+sgd", "scale+shrink+adam", "scale+l2+adamax+lookahead", "scale+shrink+nadam")
 
 
@@ -88,8 +89,9 @@ class Launch:
         self.memory.allow(tensor.data_ptr(), tensor.numel() * tensor.element_size(), name)
         return tensor.data_ptr()
 
-    def add(self, shape: tuple[int, ...], gradient: bool = True, offset: int = 0) -> None:
-        """A tensor, which begins `offset` elements after a multiple of 64 bytes; its row is its number modulo two."""
+    def add(self, shape: tuple[int, ...], gradient: bool = True, offset: int = 0, stored: str | None = None) -> None:
+        """A tensor, which begins `offset` elements after a multiple of 64 bytes; its row is its number modulo two.
+        `stored`: as what a kernel for any dtypes knows it, if not as such."""
         number, chain = len(self.table), self.chain
         dtype, state_dtype = dtypes(self.kernel.mix)
         numel = torch.Size(shape).numel()
@@ -112,7 +114,8 @@ class Launch:
         slots = [*addresses[2:], *[0] * SLOTS][:SLOTS]
         codes = [CODES[t.dtype] for t in (p, g, *state)]
         parts = self.parts(number, shape[0], length)
-        self.table.append(TENSOR.pack(addresses[0], *slots, numel, length, parts, 0, *codes, *[0] * (6 - len(codes))))
+        codes += [0] * (6 - len(codes)) + [STORED[stored or self.kernel.mix]]
+        self.table.append(TENSOR.pack(addresses[0], *slots, numel, length, parts, 0, *codes))
         self.gradients.append(addresses[1] if gradient else 0)
         self.items += [(number, chunk) for chunk in range(self.items_of(numel, length))]
 
@@ -286,6 +289,15 @@ def test_misaligned_tensors(mix: str) -> None:
     case = launch(kernel)
     case.add((77,), offset=1)
     case.check()
+
+
+def test_misaligned_tensors_of_known_dtypes() -> None:
+    """Many elements at a time, a lane's a warp apart; rows of their own where slices are centralised."""
+    for kernel in (*selected("any_f32"), *selected("any_f32", centralised=True)[:2]):
+        case = launch(kernel)
+        for shape in ((300,), (3, 140), (127,), (128,)):
+            case.add(shape, offset=1, stored="bf16_f32")
+        case.check()
 
 
 def test_the_interpreter_refuses_what_a_device_would() -> None:

@@ -342,6 +342,20 @@ def test_another_shape_of_the_same_memory(backend: str) -> None:
     assert results[0].isfinite().all()
 
 
+@pytest.mark.contract("fallback", difference="shared memory")
+@pytest.mark.parametrize("backend", backends(["native", "emulated"]))
+def test_a_counter_in_common_advances_once_in_a_step(backend: str) -> None:
+    advanced = []
+    for cls, options in ((fastopt.Adam, {"backend": backend}), (torch.optim.Adam, {"foreach": False})):
+        ps = [nn.Parameter(ramp(3)) for _ in range(2)]
+        optimizer = cls(ps, **options)
+        train(optimizer, ps, range(1))
+        optimizer.state[ps[1]]["step"] = optimizer.state[ps[0]]["step"]
+        train(optimizer, ps, range(1, 4))
+        advanced.append(int(optimizer.state[ps[0]]["step"]) - 1)
+    assert advanced == [3, 6]
+
+
 def test_a_state_that_cannot_be_updated_element_by_element() -> None:
     for make in (fastopt.Adam, fastopt.Ranger):
         for state, error in ((torch.zeros(1).expand(4), "share memory"), (torch.zeros(4).to_sparse(), "sparse")):
