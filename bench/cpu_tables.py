@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.cases import CASES, CURVES, Case, Measure
 from bench.contenders import NOISE_LABELS, OURS
 from bench.cpu import ALLOCATIONS, STREAM
-from bench.peers import why_different
+from bench.peers import rounds_otherwise, why_different
 from bench.records import Row
 from bench.rules import RULES
 from bench.streams import COPY, STRIPPED
@@ -237,6 +237,8 @@ def _work(results: Results, case: Case, contender: str) -> str:
 
 def different(case: Case, contender: str) -> str:
     """What to say of a contender whose results are others."""
+    if rounded := rounds_otherwise(contender, case.kind.name):
+        return f"rounds {rounded} otherwise"
     return f"**different work** {why_different(contender, case.kind.name, case.mix)}".strip()
 
 

@@ -2,8 +2,9 @@
 
 Builds the extension in place for this interpreter, runs the GPU tests, the benchmark and the kernel sweep, and leaves
 in the folder whatever was obtained: a log for each part, gpu.csv and sweep.csv, the environment, a summary. A part that
-overruns its time is stopped and a part that fails is reported; the others still run. Exit status 1 if anything failed.
-Needs nothing from a network and nothing but the standard library here, so that it can say what is missing.
+overruns its time is stopped, and what one leaves of it is the next one's. A part that fails is reported; the others
+still run. Exit status 1 if anything failed. Needs nothing from a network and nothing but the standard library here, so
+that it can say what is missing.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Run:
     def __init__(self, out: Path, seconds: dict[str, float], shards: int, dry: bool) -> None:
         self.out, self.seconds, self.shards, self.dry = out, seconds, shards, dry
         self.begun = time.monotonic()
+        self.until = 0.0  # when the last part had to have ended: what it left of its time is the next one's
         self.beside: dict[str, Process] = {}
 
     def say(self, text: str) -> None:
@@ -104,9 +106,10 @@ class Run:
             "bench": self.bench,
             "sweep": self.sweep,
         }
-        self.say(f"{name}: at most {self.seconds[name]:.0f} s")
+        self.until = (self.until or started) + self.seconds[name]
+        self.say(f"{name}: at most {self.until - started:.0f} s")
         try:
-            ok, said = steps[name](started + self.seconds[name])
+            ok, said = steps[name](self.until)
         except Exception as error:
             ok, said = False, f"{type(error).__name__}: {error}"
         outcome = Outcome(name, ok, time.monotonic() - started, said)

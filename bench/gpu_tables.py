@@ -255,13 +255,17 @@ def _noise(results: Results) -> str:
     )
 
 
+SHORT_TABLES = ("gpu small", "gpu groups", "gpu models", "gpu fused", "gpu rules")
+
+
 def in_short(results: Results) -> list[Line]:
     """What the README shows: every rule in fp32, the 16 bits of those that torch has a fused step for, few sizes."""
     return [
         line
-        for line in _lines(results, "gpu small", "gpu groups", "gpu fused", "gpu rules", "gpu models")
+        for name in SHORT_TABLES
+        for line in sorted(_lines(results, name), key=lambda line: line.case.mix != "fp32")
         if line.rival
-        and (line.case.mix == "fp32" or line.case.table == "gpu fused")
+        and (line.case.mix == "fp32" or name == "gpu fused")
         and line.case.size not in ("1,000x50,000", "1x1,000", "100x10,000")
         and "centered" not in line.case.kind.label
     ]

@@ -200,8 +200,12 @@ def of(rule: str, hyper: Mapping[str, Any]) -> dict[str, Factory]:
 
 
 TAILS = "(updates only what fills no vector of the processor, pytorch#191763)"
-DECAY = "(in rounding: it takes lr * weight_decay * p off p; torch's for-loop multiplies p by 1 - lr * weight_decay)"
 FLOAT32 = "(its counter and so its coefficients are float32 tensors)"
+
+
+def rounds_otherwise(label: str, rule: str) -> str:
+    """What the contender rounds otherwise, the same way in every step, if that is what its results are apart by."""
+    return "the decay" if (label, rule) == ("torch fused", "AdamW") else ""
 
 
 def why_different(label: str, rule: str, mix: str = "fp32") -> str:
@@ -210,8 +214,6 @@ def why_different(label: str, rule: str, mix: str = "fp32") -> str:
         return TAILS
     if label == "torch.compile":
         return FLOAT32
-    if (label, rule) == ("torch fused", "AdamW"):
-        return DECAY
     return next(
         (f"({peer.different})" for peer in PEERS if peer.different and (peer.label, peer.rule) == (label, rule)), ""
     )

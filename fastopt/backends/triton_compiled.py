@@ -25,6 +25,7 @@ from fastopt.backends.triton_tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
 
+_MULTIPLES = bytes(range(0, 256, 16))
 ENABLED = True
 """For tests of the plan that needs no extension."""
 
@@ -135,6 +136,9 @@ def _by_alignment(bucket: Bucket, gradients: bytes, numbers: bytes) -> Iterator[
         return
     if not bucket.key.aligned:
         yield False, numbers
+        return
+    if not gradients[::8].translate(None, _MULTIPLES):  # no last byte of an address is another
+        yield True, numbers
         return
     rows = torch.frombuffer(bytearray(numbers), dtype=torch.int32)
     astray = (torch.frombuffer(bytearray(gradients), dtype=torch.int64) & 15 != 0) & (rows >= 0)
