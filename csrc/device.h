@@ -15,7 +15,8 @@
 namespace fastopt {
 
 // Elements of a vector, what a lane reads at once of every stream: 16 bytes of the widest (device_kernels.h says why).
-// The mixes that take any dtypes take any alignment and any strides too, one element at a time.
+// The mixes that take any dtypes take any alignment and any strides too, one element at a time, or many where the
+// dtypes are a known mix's and only the alignment is not.
 constexpr int vector_length(Mix mix) {
   if (is_any(mix)) return 1;
   return mix == Mix::f64 ? 2 : mix == Mix::bf16 || mix == Mix::f16 ? 8 : 4;
