@@ -27,7 +27,6 @@ from fastopt.chain import Chain
 
 AOT = os.environ.get("FASTOPT_AOT") == "1"
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
-STORED = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3, "bf16_f32": 4, "f16_f32": 5, "any_f32": 6, "any_f64": 7}
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 256
 SLOTS = 4
@@ -114,7 +113,7 @@ class Launch:
         slots = [*addresses[2:], *[0] * SLOTS][:SLOTS]
         codes = [CODES[t.dtype] for t in (p, g, *state)]
         parts = self.parts(number, shape[0], length)
-        codes += [0] * (6 - len(codes)) + [STORED[stored or self.kernel.mix]]
+        codes += [0] * (6 - len(codes)) + [MIXES.index(stored or self.kernel.mix)]
         self.table.append(TENSOR.pack(addresses[0], *slots, numel, length, parts, 0, *codes))
         self.gradients.append(addresses[1] if gradient else 0)
         self.items += [(number, chunk) for chunk in range(self.items_of(numel, length))]
