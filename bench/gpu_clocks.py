@@ -3,8 +3,8 @@
 `device` times with CUDA events around steps back to back, gradients staying the same: what a step costs a GPU that
 always has work. `wall` times each step with the wait for the device: what a step costs a loop that looks at its result.
 `rested` is `wall` after the processor had nothing to do for a while, as in a training whose gradients the device is
-computing: its threads have fallen asleep and must be woken. `host` times until step() returns: what a step costs the
-processor that starts it.
+computing: its threads have fallen asleep, and its caches have gone to others. `host` times until step() returns: what a
+step costs the processor that starts it.
 """
 
 from __future__ import annotations
