@@ -277,7 +277,7 @@ struct Update {
   FASTOPT_HD bool known(int64_t begin, int64_t end, int lane) const {
     if constexpr (scaled)
       return false;
-    else if constexpr (is_wide(mix))
+    else if constexpr (sizeof(T) == 8)
       return is<Mix::f64>(begin, end, lane);
     else
       return is<Mix::f32>(begin, end, lane) || is<Mix::bf16>(begin, end, lane) || is<Mix::bf16_f32>(begin, end, lane);
