@@ -67,7 +67,10 @@ void Plan::read_row_setting(Group& group) {
 DeviceSetting Plan::device_setting(Group& group, PyObject* sync) {
   if (!group.on_device) read_row_setting(group);
   if (group.on_device.get() == Py_None)
-    throw std::invalid_argument("fastopt: this optimizer has no coefficient rows on a device: see csrc/rows.h");
+    throw std::invalid_argument(
+        "fastopt: this optimizer's coefficients are not in csrc/rows.h, without which the native "
+        "backend cannot count its steps on a device: add them there, or take backend='triton', "
+        "whose kernel is made from the rule's own formulas");
   DeviceSetting setting;
   std::memset(&setting, 0, sizeof setting);
   std::memcpy(&setting.setting, &group.row_setting, sizeof setting.setting);

@@ -329,7 +329,7 @@ class Engine:
             optimizer.state[p][slow.key] = tensor
         for i, (group, params) in enumerate(zip(optimizer.param_groups, left, strict=True)):
             if sync is not None and is_due(sync[i]):
-                alpha = self.rule.alpha(self.settings.of(group).h)
+                alpha = float(self.rule.alpha(self.settings.of(group).h))
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
 

@@ -4,10 +4,9 @@ A `Rule` is the host side of an optimizer, without state and without a device. A
 the hyper-parameters of a parameter group; groups whose hyper-parameters are equal share one, and each of its
 coefficient rows is computed once however many parameters need it.
 
-Where the step lives on a device, so do the rows. The functions of a rule therefore take numbers or float64 tensors:
-`Setting.at` makes one row from Python floats, `Setting.device_rows` those of many parameters from tensors, without
-waiting for the device. Compiled code does both from `Setting.on_device` (csrc/rows.h), on the host to
-the same doubles.
+Where the step lives on a device, so do the rows. The functions of a rule therefore take numbers or symbols:
+`Setting.at` makes one row from Python floats, `Setting.formulas` writes down how a kernel makes them (symbols.py).
+Compiled code does both from `Setting.on_device` (csrc/rows.h), on the host to the same doubles.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ from torch import Tensor
 
 from fastopt import memory, stages
 from fastopt.chain import Chain, Stage
+from fastopt.symbols import HYPER, Symbol, Tape
 
 Hyper = Any
 """The hyper-parameters of a group as attributes, tensors resolved to numbers; `betas` also as `beta1` and `beta2`."""
-Number: TypeAlias = "float | Tensor"
-Condition: TypeAlias = "bool | Tensor"
+Number: TypeAlias = "float | Symbol"
+Condition: TypeAlias = "bool | Symbol"
 
 FLAGS = ("capturable", "differentiable", "fused", "maximize", "weight_decay")
 """Group keys that matter whatever the rule; an optimizer whose groups lack one counts as having it off."""
@@ -39,20 +39,20 @@ SYMBOLIC = ("lr", "betas")
 
 def select(condition: Condition, a: Callable[[], Number], b: float) -> Number:
     """a() where the condition holds, b elsewhere. A number is only made where it is defined."""
-    if isinstance(condition, Tensor):
-        return torch.where(condition, a(), b)
+    if isinstance(condition, Symbol):
+        return condition.select(a(), b)
     return a() if condition else b
 
 
 def flag(condition: Condition) -> Number:
     """1 where the condition holds, 0 elsewhere."""
-    return condition.double() if isinstance(condition, Tensor) else float(condition)
+    return condition.select(1.0, 0.0) if isinstance(condition, Symbol) else float(condition)
 
 
 def to_single(x: Number) -> Number:
     """x rounded to float32."""
-    if isinstance(x, Tensor):
-        return x.float().double()
+    if isinstance(x, Symbol):
+        return x.to_single()
     rounded: float = struct.unpack("f", struct.pack("f", x))[0]
     return rounded
 
@@ -118,8 +118,7 @@ class Rule(ABC):
     def twin(self, h: Hyper) -> tuple[str, dict[str, Number]] | None:
         """`coefficients` in compiled code: its name in `ROW_RULES` and what it reads, in its order and lr first.
 
-        None: there is none. Then the compiled plan asks `coefficients` once a step, and where the step lives on a
-        device the rows are made by torch operations.
+        None: there is none. Then the compiled plan asks `coefficients` once a step.
         """
         return None
 
@@ -147,11 +146,11 @@ class Rule(ABC):
             return stages.shrink
         return None if h.weight_decay == 0 else stages.l2
 
-    def alpha(self, h: Hyper) -> float:
+    def alpha(self, h: Hyper) -> Number:
         """The step of the slow weights."""
         return 1.0
 
-    def period(self, h: Hyper) -> float:
+    def period(self, h: Hyper) -> Number:
         """Every how many of its own steps a parameter synchronises with its slow weights; 0: when its group does."""
         return 0
 
@@ -180,15 +179,33 @@ class Row:
 
 
 @dataclass(frozen=True)
-class DeviceRow:
-    """What one step does to those of many parameters that take this chain, decided and computed on their device."""
+class Path:
+    """One of the things that a step may do to a parameter, in the words of a `Formulas`."""
 
     chain: Chain
     first_slot: int
-    coefficients: Tensor
-    """float64, one row per parameter; only rows of active parameters mean anything."""
-    active: Tensor
-    """bool, one per parameter."""
+    active: str
+    """Whether it does."""
+    values: tuple[str, ...]
+    """The coefficients."""
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """What one step does to a parameter whose steps a device counts: text that a backend compiles (symbols.py)."""
+
+    inputs: tuple[str, ...]
+    """Those of the hyper-parameters, see `Setting.input`, and of `DUE` that are used. Beside them there are ``t``, the
+    step, ``carry``, the second counter, and ``stepped``, whether there is a gradient."""
+    lines: tuple[tuple[str, str], ...]
+    paths: tuple[Path, ...]
+    """One for each chain that may occur: one for most rules. Each parameter takes one of them at most."""
+    carried: str | None
+    """The second counter after the step."""
+
+
+DUE = ("due_step", "due_period")
+"""Inputs of a group whose device decides whether it synchronises: the steps taken, and every how many it does."""
 
 
 class OnDevice(NamedTuple):
@@ -225,6 +242,7 @@ class Setting:
         self.slots: tuple[str, ...] = tuple(self.named_slots[name].key for name in order)
         # Without counters, tensors decide where the rows are made.
         where = () if rule.counters else (self.symbolic,)
+        self._formulas: dict[tuple[bool, bool | None], Formulas] = {}
         self.layout = _shared(("layout", self.slots, *rule.structure(h), *where))
 
     def _chain(self, waits: bool, synchronised: bool) -> Chain:
@@ -243,24 +261,24 @@ class Setting:
             return scale, *stages.moments.row(w1=1 - h.beta1, beta2=h.beta2, w2=1 - h.beta2)
         return scale, *_decay_row(rule.decay(h), h), *rule.coefficients(h, t, carry)
 
-    def _slow_values(self, h: Hyper, synchronised: bool) -> tuple[float, ...]:
+    def _slow_values(self, h: Hyper, synchronised: bool) -> tuple[Any, ...]:
         return stages.lookahead.row(alpha=self.rule.alpha(h)) if synchronised else ()
 
     def _synchronises(self, h: Hyper, t: Number, asked: Condition) -> Condition:
         if self.rule.slow is None:
             return False
-        period = self.rule.period(h)
+        period: Any = self.rule.period(h)
         return t % period == 0 if period else asked
 
-    def _numbers(self, convert: Callable[[Tensor], Number]) -> Hyper:
-        """The hyper-parameters with those that live on a device as `convert` has them."""
+    def _numbers(self) -> Hyper:
+        """The hyper-parameters, those that live on a device as they are now."""
         if not self.symbolic:
             return self.h
-        return SimpleNamespace(**{k: convert(v) if isinstance(v, Tensor) else v for k, v in vars(self.h).items()})
+        return SimpleNamespace(**{k: v.item() if isinstance(v, Tensor) else v for k, v in vars(self.h).items()})
 
     def at(self, t: float, carry: float, single: bool, sync: bool) -> Row:
         """The row at step t; t = 0 stands for a parameter without a gradient whose slow weights synchronise."""
-        h, rule = self._numbers(Tensor.item), self.rule
+        h, rule = self._numbers(), self.rule
         if t == 0:
             return Row(PULL, self._slow_values(h, True), carry)
         carried: Any = rule.carried(h, t, carry, single)
@@ -277,37 +295,46 @@ class Setting:
         """Where in `slots` the states begin that a chain takes."""
         return len(self.slots) - 1 if chain is PULL else 0
 
-    @torch.no_grad()
-    def device_rows(
-        self, t: Tensor, carry: Tensor | None = None, single: bool = True, asked: Condition = False
-    ) -> tuple[list[DeviceRow], Tensor | None]:
-        """`at` for many parameters, and the second counters after it; nothing is read from the device.
+    def formulas(self, single: bool, asked: bool | None) -> Formulas:
+        """`at` in words, for steps that are counted on a device; written once.
 
         Args:
-            t: The step each parameter is at, float64; 0 as in `at`.
-            carry: The second counters as float64, for rules that have them.
-            single: Whether those are stored in float32.
-            asked: Whether the group synchronises: a bool, or a bool tensor of one element or of t's shape.
-
-        Returns:
-            One entry for each chain that may occur: one for most rules. Each parameter is active in one at most.
+            single: Whether the second counters are stored in float32.
+            asked: Whether the group synchronises; None: its device decides, from `DUE`.
         """
-        h, rule = self._numbers(lambda x: x.to(t.device, torch.float64, non_blocking=True).reshape(())), self.rule
-        carried: Any = rule.carried(h, t, 0.0 if carry is None else carry, single)
-        waiting, syncing, stepped = rule.waits(h, t), self._synchronises(h, t, asked), t != 0
-        rows: list[DeviceRow] = []
+        if (single, asked) not in self._formulas:
+            self._formulas[single, asked] = self._written(single, asked)
+        return self._formulas[single, asked]
+
+    def _written(self, single: bool, asked: bool | None) -> Formulas:
+        rule, tape = self.rule, Tape()
+        h = tape.hyper(self.h)
+        t, carry, stepped = map(tape.leaf, given := ("t", "carry", "stepped"))
+        step, period = map(tape.leaf, DUE)
+        due: Condition = (step + 1) % period == 0 if asked is None else asked
+        carried = rule.carried(h, t, carry, single)
+        waiting, syncing = rule.waits(h, t), self._synchronises(h, t, due)
+        found: list[tuple[Chain, Symbol, tuple[Number, ...]]] = []
         for waits in (False, True):
             if (taken := _both(stepped, _is(waiting, waits))) is None:
                 continue
             values = self._values(h, t, carried, waits)
             for synchronised in (False, True):
                 if (active := _both(taken, _is(syncing, synchronised))) is not None:
-                    matrix = _matrix(t, (*values, *self._slow_values(h, synchronised)))
-                    rows.append(DeviceRow(self._chain(waits, synchronised), 0, matrix, active))
-        pulls = rule.slow is not None and not rule.period(h)
-        if pulls and (active := _both(t == 0, syncing)) is not None:
-            rows.append(DeviceRow(PULL, self.first_slot(PULL), _matrix(t, self._slow_values(h, True)), active))
-        return rows, None if carry is None else torch.where(stepped, carried, carry)
+                    row = (*values, *self._slow_values(h, synchronised))
+                    found.append((self._chain(waits, synchronised), active, row))
+        if self.rule.slow is not None and not rule.period(h) and (active := _both(~stepped, syncing)) is not None:
+            found.append((PULL, active, self._slow_values(h, True)))
+        paths = [Path(c, self.first_slot(c), a.name, tuple(map(tape.name, row))) for c, a, row in found]
+        after = tape.name(carried) if len(rule.counters) > 1 else None
+        outputs = [word for path in paths for word in (path.active, *path.values)]
+        inputs, lines = tape.needed([*outputs, after or ""])
+        return Formulas(tuple(name for name in inputs if name not in given), lines, tuple(paths), after)
+
+    def input(self, name: str) -> float | Tensor:
+        """The hyper-parameter that formulas call so."""
+        value: float | Tensor = getattr(self.h, name.removeprefix(HYPER))
+        return value
 
     def chains(self) -> list[Chain | None]:
         """Of an update, one that ends at the slow weights, a step that waits, one that ends there too, and `PULL`; None
@@ -345,22 +372,16 @@ def _decay_row(stage: Stage | None, h: Hyper) -> tuple[Number, ...]:
 
 def _is(condition: Condition, value: bool) -> Condition:
     """Whether the condition has this value."""
-    if isinstance(condition, Tensor):
-        return condition if value else condition.logical_not()
+    if isinstance(condition, Symbol):
+        return condition if value else ~condition
     return condition == value
 
 
-def _both(a: Tensor, b: Condition) -> Tensor | None:
+def _both(a: Symbol, b: Condition) -> Symbol | None:
     """Where both hold; None if b is known not to."""
-    if isinstance(b, Tensor):
+    if isinstance(b, Symbol):
         return a & b
     return a if b else None
-
-
-def _matrix(like: Tensor, values: tuple[Number, ...]) -> Tensor:
-    """A row for each element of `like`. A tensor made from a number would have to be copied to the device."""
-    columns = [v.expand_as(like) if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
-    return torch.stack(columns, 1)
 
 
 @cache

@@ -1,30 +1,28 @@
-"""Coefficient rows made where the step lives: csrc/rows.h and `Setting.device_rows` against `Setting.at`."""
+"""Coefficient rows made where the step lives: csrc/rows.h and `Setting.formulas` against `Setting.at`."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import os
 import pathlib
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, by_id, parametrize_cases
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from fastopt import rule as rules
 from fastopt.chain import Chain
 from fastopt.optimizers.sgd import SGDRule
-from fastopt.rule import ROW_RULES, DeviceRow, OnDevice, Row, Setting, Settings
+from fastopt.rule import ROW_RULES, OnDevice, Setting, Settings
 
 CSRC = pathlib.Path(fastopt.__file__).resolve().parents[1] / "csrc"
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 30, 100, 1000, 250_000, 2**24)
@@ -238,7 +236,8 @@ def test_hyper_parameters_on_a_device_are_read_at_every_step(case: Case, compile
             assert setting.at(float(t), carry, True, True) == want
             got = compiled_row(compiled, setting, float(t), carry, True, True)
             assert bits(got.c[: got.count]) == bits(want.coefficients)
-        check_tensors(setting, plain, True)
+            for late in (False, True):
+                check_formulas(setting, float(t), carry, True, True, late)
         for tensor in tensors:
             tensor.mul_(0.75)
         assert settings.of(group) is setting, f"the same tensors are the same setting, in round {round_}"
@@ -259,132 +258,103 @@ def test_only_tensors_on_a_device_in_groups_that_step_there_stay() -> None:
     assert not rules.stays(on_device, {"capturable": False, "fused": None})
 
 
-class Shaken(float):
-    """A step t whose powers come out so many ulps away from libm's, those of t + 1 so many."""
-
-    def __new__(cls, value: float, now: int, after: int) -> Shaken:  # noqa: PYI034 typing.Self is newer than 3.10
-        return super().__new__(cls, value)
-
-    def __init__(self, value: float, now: int, after: int) -> None:
-        self.now, self.after = now, after
-
-    def __add__(self, other: float) -> Shaken:
-        return Shaken(float(self) + other, self.after, self.after)
-
-    def __mul__(self, other: float) -> Shaken:
-        return Shaken(float(self) * other, self.now, self.after)
-
-    def __rmul__(self, other: float) -> Shaken:
-        return Shaken(other * float(self), self.now, self.after)
-
-    def __rpow__(self, base: float, mod: None = None) -> float:
-        x = base ** float(self)
-        for _ in range(abs(self.now)):
-            x = math.nextafter(x, math.inf if self.now > 0 else 0.0)
-        return x
+Numbers = dict[str, Any]
 
 
-def one_ulp_apart(a: float, b: float) -> bool:
-    return a == b or math.nextafter(a, b) == b
+def single(x: Any) -> Any:
+    return np.float64(np.float32(x))
 
 
-def near(got: float, rows: list[Row], i: int) -> bool:
-    """Whether a coefficient is one that powers within reach of libm's lead to; a last root may be one ulp off.
+WORDS: Numbers = {
+    "number": np.float64,
+    "power": lambda a, b: np.float64(float(a) ** float(b)),
+    "root": lambda x: np.float64(float(x) ** 0.5) if x >= 0 else np.float64("nan"),
+    "remainder": lambda a, b: a % b,
+    "to_single": single,
+    "select": lambda condition, a, b: a if condition else b,
+    "opposite": lambda condition: not condition,
+}
+"""What the functions of a formula mean on the host: `Setting.at` computes the same."""
 
-    torch takes x**0.5 as the correctly rounded root, libm's pow is within an ulp of it.
-    """
-    return any(one_ulp_apart(got, row.coefficients[i]) for row in rows)
 
-
-def check_tensors(setting: Setting, plain: Setting, asked: Any, device: str = "cpu", reach: int = 1) -> None:
-    """`setting.device_rows` at all steps at once against `plain.at` one by one.
-
-    torch's vectorised pow and libm's are each within 1 ulp of the exact power, so they are at most one number apart,
-    `reach`, which is 2 for CUDA's pow, documented to be within 2 ulp. Everything after the powers is the same IEEE
-    arithmetic: a coefficient must be, but for a last root, exactly what one of those powers gives.
-    """
-    single = True
-    before = carries(plain, STEPS, single)
-    t = torch.tensor([0, *STEPS], dtype=torch.float64, device=device)
-    carry = torch.tensor([0.75, *before], dtype=torch.float64, device=device) if has_carry(plain) else None
-    rows, carried = setting.device_rows(t, carry, single, asked)
-    flags = [bool(a) for a in asked] if isinstance(asked, Tensor) else [asked] * len(t)
-    if pulls := [row for row in rows if row.chain is rules.PULL]:
-        assert [row.active.tolist() for row in pulls] == [[flags[0], *[False] * len(STEPS)]]
-        assert (pulls[0].first_slot, tuple(pulls[0].coefficients[0].tolist())) == plain.row(0.0, 0.0, single, True)[
-            1:4:2
+def follow(setting: Setting, t: float, carry: float, single: bool, asked: bool | None, due: Numbers) -> list[Any]:
+    """The paths that the formulas choose for a step, each as (chain, first slot, coefficients, second counter)."""
+    formulas = setting.formulas(single, asked)
+    names = {name: np.float64(due[name] if name in due else number(setting.input(name))) for name in formulas.inputs}
+    names |= {"t": np.float64(t), "carry": np.float64(carry), "stepped": bool(t != 0), **WORDS}
+    with np.errstate(all="ignore"):
+        for name, text in formulas.lines:
+            names[name] = eval(text, {}, names)
+        carried = carry if formulas.carried is None or t == 0 else eval(formulas.carried, {}, names)
+        return [
+            (path.chain, path.first_slot, [eval(value, {}, names) for value in path.values], carried)
+            for path in formulas.paths
+            if eval(path.active, {}, names)
         ]
-    for i, step in enumerate(STEPS, start=1):
-        want = plain.at(float(step), before[i - 1], single, flags[i])
-        shifts = itertools.product(range(-reach, reach + 1), repeat=2)
-        shaken = [plain.at(Shaken(step, *shift), before[i - 1], single, flags[i]) for shift in shifts]
-        (row,) = (row for row in rows if row.active[i])
-        assert row.chain is want.chain
-        assert row.first_slot == plain.row(float(step), before[i - 1], single, flags[i])[1]
-        got = row.coefficients[i].tolist()
-        assert len(got) == len(want.coefficients)
-        for k, value in enumerate(got):
-            assert near(value, shaken, k), (step, want.chain.coefficients[k], value, want.coefficients[k])
-        if carried is not None:
-            assert carried[i].item() in {row.carry for row in shaken}
-    if carried is not None:
-        assert carried[0].item() == 0.75, "a step of 0 leaves the second counter alone"
 
 
-def asked_ways() -> Iterator[Any]:
-    yield False
-    yield True
-    yield torch.tensor([i % 2 == 0 for i in range(len(STEPS) + 1)])
+def number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def check_formulas(setting: Setting, t: float, carry: float, single: bool, asked: bool, late: bool) -> None:
+    """`setting.formulas` against `setting.at`, bit for bit; `late`: the group's counter decides whether it is asked."""
+    due = {"due_step": 11, "due_period": 4 if asked else 5}
+    paths = follow(setting, t, carry, single, None if late else asked, due)
+    if t == 0 and not (asked and setting.rule.slow and not setting.rule.period(setting.h)):
+        assert not paths
+        return
+    want = setting.at(t, carry, single, asked)
+    ((chain, first_slot, values, carried),) = paths
+    assert chain is want.chain
+    assert bits(values) == bits(want.coefficients), (t, chain.name)
+    assert bits([carried]) == bits([want.carry])
+    assert first_slot == setting.row(t, carry, single, asked)[1]
 
 
 @parametrize_cases()
-def test_rows_of_tensors_are_the_rows_of_numbers(case: Case) -> None:
+def test_formulas_say_what_numbers_do(case: Case) -> None:
     setting = setting_of(case)
-    for asked in asked_ways():
-        check_tensors(setting, setting, asked)
+    for single in (True, False):
+        for t, carry in zip((0, *STEPS), [0.75, *carries(setting, STEPS, single)], strict=True):
+            for asked in (False, True):
+                for late in (False, True):
+                    check_formulas(setting, float(t), carry, single, asked, late)
 
 
-def test_rows_of_tensors_differ_where_the_steps_do() -> None:
+def test_formulas_differ_where_the_steps_do() -> None:
     """What the comparison above can see: another step is another row."""
     setting = setting_of(by_id("nadam")[0])
-    with pytest.raises(AssertionError):
-        check_tensors(Later(setting), setting, False)  # type: ignore[arg-type]
-
-
-class Later:
-    """A setting whose rows are those of the next step."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-
-    def device_rows(self, t: Tensor, *rest: Any) -> tuple[list[DeviceRow], Tensor | None]:
-        return self.setting.device_rows(t + (t > 0).double(), *rest)
-
-
-class StaysOnDevice(TorchDispatchMode):
-    """Fails on what waits for a device, or copies to or from one: neither can be in a CUDA graph."""
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        forbidden = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.lift_fresh.default")
-        assert str(function) not in forbidden
-        for tensor in (x for x in (*args, result) if isinstance(x, Tensor)):
-            assert tensor.device.type == "cuda", f"{function} leaves the device"
-        return result
+    ((_, _, values, _),) = follow(setting, 2.0, 1.0, True, False, {})
+    assert bits(values) != bits(setting.at(3.0, 1.0, True, False).coefficients)
 
 
 @parametrize_cases()
-def test_rows_of_tensors_never_leave_the_device(case: Case) -> None:
+def test_formulas_do_not_contain_the_values_of_hyper_parameters(case: Case) -> None:
+    """Else a learning rate that is scheduled would compile a kernel at every step."""
     settings, group = settings_of(case)
-    with FakeTensorMode() as fake:
-        lr, beta, t, carry = (torch.empty(n, dtype=torch.float64, device="cuda") for n in ((), (), 8, 8))
-        asked = torch.empty((), dtype=torch.bool, device="cuda")
-    changed = {"lr": lr, "capturable": True} | ({"betas": (beta, beta)} if "betas" in group else {})
-    setting = settings.of(group | changed)
-    assert setting.symbolic
-    with fake, StaysOnDevice():
-        rows, carried = setting.device_rows(t, carry if has_carry(setting) else None, True, asked)
-    assert rows
-    assert (carried is not None) == has_carry(setting)
+    changed = {key: 0.9 * value for key, value in group.items() if isinstance(value, float) and value}
+    if "betas" in group:
+        changed["betas"] = 0.7, 0.98
+    ours, theirs = settings.of(group), settings.of({**group, **changed})
+    assert ours is not theirs
+    for asked in (False, True, None):
+        assert ours.formulas(True, asked) == theirs.formulas(True, asked)
+
+
+def test_a_formula_cannot_ask_what_only_the_device_knows() -> None:
+    class Impatient(SGDRule):
+        def coefficients(self, h: Any, t: Any, carry: Any) -> tuple[Any, ...]:
+            return (h.lr if t > 3 else 0.0,)
+
+    _, group = settings_of(by_id("sgd")[0])
+    setting = Settings(Impatient(), Index()).of(group)
+    with pytest.raises(TypeError, match=r"`t > number\(3.0\)` is not known to the host.*`select`"):
+        setting.formulas(True, False)
+
+
+def test_a_zero_keeps_its_sign() -> None:
+    """With lr = 0 and a gradient of zero, p - 0 * g must leave a negative zero alone."""
+    setting = setting_of(by_id("sgd")[0], lr=0.0)
+    ((_, _, values, _),) = follow(setting, 1.0, 1.0, True, False, {})
+    assert math.copysign(1.0, values[-1]) == -1.0

@@ -40,7 +40,10 @@ INTERPRETED = {
     "the kernels": ("tests/interpreted.py", "-k", "of_kernels"),
     "the rest": ("tests/interpreted.py", "-k", "not test_fp32 and not of_kernels"),
     "live changes": ("tests/test_live.py", "-k", "triton"),
+    "counted steps": ("tests/interpreted_rows.py",),
 }
+ALIKE = ("the kernels", "counted steps")
+"""What a kernel computes does not depend on who gave it its work, and steps counted on a device have one plan."""
 
 
 COMPILED = "" if backends.available("native") else "the compiled extension is not there"
@@ -57,11 +60,10 @@ COMPILED = "" if backends.available("native") else "the compiled extension is no
             )
             for name, part in INTERPRETED.items()
         ),
-        # What a kernel computes does not depend on who gave it its work.
         *(
             pytest.param(part, "python", id=f"{name}-python")
             for name, part in INTERPRETED.items()
-            if COMPILED or name != "the kernels"
+            if COMPILED or name not in ALIKE
         ),
     ],
 )

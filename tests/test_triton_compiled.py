@@ -19,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cuda_listing
 import pytest
 import torch
+from cases import Case, by_id
+from test_device_steps import COUNTED, counted
 from triton_chains import calls, chains
 
 import fastopt
-from fastopt.backends import native, reference, triton, triton_kernels, triton_tables
+from fastopt import routing
+from fastopt.backends import native, reference, triton, triton_kernels, triton_rows, triton_tables
 from fastopt.chain import Chain
 from fastopt.rule import PULL
 
@@ -288,17 +292,23 @@ def test_every_compiled_chain_has_a_triton_kernel() -> None:
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Triton's plan take CPU tensors, which no launch will touch."""
+    """Let Triton's plan take CPU tensors, which no launch will touch, and count steps where they are."""
     monkeypatch.setitem(fastopt.backends._WHY_NOT, "triton", lambda device: "")
+    why_not = routing.why_not_setting
+    monkeypatch.setattr(routing, "why_not_setting", lambda setting, p, _=False: why_not(setting, p, True))
 
 
+@pytest.mark.parametrize("counted", [{}, {"capturable": True}], ids=["", "counted"])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Ranger"])
-def test_no_value_recompiles(name: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_value_recompiles(
+    name: str, counted: dict[str, Any], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps, learning rates, sizes, absent gradients, loss scales: every step runs what the first ones compiled."""
     fake_gpu(monkeypatch)
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 16, 17, 5000, 0)]
     params += [torch.nn.Parameter(torch.zeros(3, 16))]
-    optimizer = getattr(fastopt, name)(params, lr=1.0, backend="triton")
+    counted = {"fused": True} if name == "SGD" and counted else counted
+    optimizer = getattr(fastopt, name)(params, lr=1.0, backend="triton", **counted)
     for p in params:
         p.grad = torch.zeros_like(p)
     for _ in range(12):  # Ranger synchronises and starts to rectify
@@ -311,6 +321,62 @@ def test_no_value_recompiles(name: str, target: Target, monkeypatch: pytest.Monk
             p.grad = None if (i + step) % 3 == 0 else torch.zeros_like(p)
         optimizer.step()
     assert set(map(id, target.kernels)) == compiled
+
+
+def rows_kernel(case: Case, dtype: torch.dtype, target: Target) -> Any:
+    """The kernel that makes the rows of a case whose steps a device counts, with all that a step may be asked."""
+    params = [torch.nn.Parameter(torch.zeros(3, 4, dtype=dtype)) for _ in range(3)]
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], "triton", **counted(case))
+    for p in params[1:]:
+        p.grad = torch.zeros_like(p)
+    found = []
+    for _ in range(2):  # Lookahead counts its first step on the host
+        target.kernels = []
+        optimizer.step()
+        found = [kernel for kernel in target.kernels if triton_rows.NAME in kernel.name]
+    (kernel,) = found
+    return kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100] if FULL else [90])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.id)
+def test_rows_kernel(
+    case: Case, dtype: torch.dtype, capability: int, target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """IEEE arithmetic in float64, no spills; only within the power is there an approximation, of which it is made."""
+    fake_gpu(monkeypatch)
+    target.capability = capability
+    kernel = rows_kernel(case, dtype, target)
+    used = resources(kernel, tmp_path)
+    assert used["LOCAL"] == used["STACK"] == used["SHARED"] == 0
+    power, rest = split_power(kernel.asm["ptx"])
+    check_ieee(counts(rest))
+    assert power or case.name in ("Adagrad", "RMSprop")
+    # A first guess that is then improved, and a look at the exponent, which no subnormal number can mislead.
+    check_ieee(counts(power) - collections.Counter({"rcp.approx.ftz.f64": 1, "abs.ftz.f32": 1}))
+
+
+def split_power(ptx: str) -> tuple[str, str]:
+    """CUDA's power, which is one function of its own however often it is called, and everything else."""
+    start = re.search(r"\.func[^;{]*__internal_accurate_pow\s*\([^;{]*\{", ptx)
+    if start is None:
+        return "", ptx
+    end = ptx.index("\n}", start.end())
+    return ptx[start.start() : end], ptx[: start.start()] + ptx[end:]
+
+
+def test_the_power_is_the_one_that_nvcc_compiles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton brings a libdevice of its own: the same polynomials, so that both backends make the same rows."""
+    listings = sorted(cuda_listing.ROOT.glob("build/*/cuda_driver.*.o.kept/cuda_driver.ptx"))
+    if not listings:
+        pytest.skip("no CUDA driver was built here")
+    fake_gpu(monkeypatch)
+    ours, _ = split_power(rows_kernel(by_id("adam")[0], F32, target).asm["ptx"])
+    theirs, _ = split_power(listings[-1].read_text(encoding="utf-8"))
+    found = [set(re.findall(r"0d[0-9A-F]{16}", text)) for text in (ours, theirs)]
+    assert found[0] == found[1]
+    assert len(found[0]) > 20
 
 
 STAGES = """

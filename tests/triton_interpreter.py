@@ -1,7 +1,8 @@
 """Triton's interpreter, with IEEE arithmetic where a GPU has it.
 
 Import this before Triton. The interpreter of Triton 3.6 rounds twice in `fma` (3.9 does not), truncates when it narrows
-float32 to bfloat16, loses subnormals when it widens, and cannot use a number as the bound of a loop under numpy 2.4;
+float32 to bfloat16, loses subnormals when it widens, cannot use a number as the bound of a loop under numpy 2.4, and
+has no power of float64 (here it is libm's, as Python's is);
 here those operations get the meaning that they have in the compiled kernels (test_triton_compiled.py reads it from
 their PTX: fma.rn, cvt.rn). Nothing of ours is replaced, but launches are made small, so that small tensors have chunks,
 tails and long slices.
@@ -17,6 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 from triton.runtime import interpreter
 
 from fastopt.backends import triton as backend
@@ -42,6 +44,13 @@ def _cast(self: Any, value: Any, to: Any) -> Any:
     return interpreter.TensorHandle(data.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
 
 
+def _pow(x: Any, y: Any, _semantic: Any = None) -> Any:
+    """In place of CUDA's."""
+    a, b = np.broadcast_arrays(x.handle.data, y.handle.data)
+    data = np.frompyfunc(lambda u, v: float(u) ** float(v), 2, 1)(a, b).astype(np.float64)
+    return tl.tensor(interpreter.TensorHandle(data, tl.float64), x.type if x.type.is_block() else y.type)
+
+
 def _patch_tensor(tensor: Any, scope: Any) -> None:
     _interpreted_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
@@ -57,6 +66,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 _interpreted_call = interpreter.InterpretedFunction.__call__
 _interpreted_cast = interpreter.InterpreterBuilder.cast_impl
 _interpreted_tensor = interpreter._patch_lang_tensor
+libdevice.pow = _pow
 interpreter.InterpreterBuilder.create_fma = _fma
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter._patch_lang_tensor = _patch_tensor

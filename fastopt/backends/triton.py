@@ -29,9 +29,10 @@ from fastopt import routing
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton_launch import Addressed, Block, Launcher, current
 from fastopt.backends.triton_launch import Scaler as _Scaler
+from fastopt.backends.triton_rows import Due, Job, Part, Rows
 from fastopt.backends.triton_tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
-from fastopt.rule import FLAGS, Counts, DeviceRow, Flags, Groups, Row, Setting, State
+from fastopt.rule import FLAGS, Counts, Flags, Groups, Row, Setting, State
 
 OLDEST = (3, 6)
 TILE = Tile()
@@ -121,9 +122,10 @@ class Segment:
     begin: int
     end: int
     steps: list[Any]
-    """Counters in host memory, or the tensors themselves where `on_device`; empty for rules that count nothing."""
+    """Counters in host memory; empty where `on_device`, and for rules that count nothing."""
     carries: list[Any]
     single: bool
+    """Whether the carries are stored in float32."""
     on_device: bool
     """Whether steps are counted, or a hyper-parameter lies, on the device: the rows are then made there."""
     entries: list[Entry]
@@ -176,7 +178,7 @@ class Work:
     misaligned: list[bool] | None
     """Entries whose gradient is not at a multiple of 16 bytes; None: none of them."""
     launches: dict[tuple[Chain, bool], Launch] = field(default_factory=dict)
-    on_device: list[tuple[Segment, Setting, Any]] = field(default_factory=list)
+    on_device: list[Part] = field(default_factory=list)
 
     def launch(self, chain: Chain, first_slot: int, aligned: bool) -> Launch:
         found = self.launches.get((chain, aligned))
@@ -184,6 +186,10 @@ class Work:
             rows = array("i", [-1]) * len(self.pointers)
             found = self.launches[chain, aligned] = Launch(chain, first_slot, aligned, rows)
         return found
+
+    def job(self, grads_at: int) -> Job:
+        aligned = self.bucket.key.aligned and self.misaligned is None
+        return Job(self.bucket, aligned, self.present is None, grads_at, self.on_device)
 
     def has(self, k: int) -> bool:
         return self.present is None or self.present[k]
@@ -251,6 +257,7 @@ class TritonPlan(Launcher):
         self._settings = GroupSettings(setting_of)
         self._tile = tile or TILE
         self._memo: dict[tuple[Any, ...], Row] = {}
+        self._rows: dict[torch.device, Rows] = {}
         self._params: list[Tensor] = []
         self._work: list[Work] = []
         self._updates: list[tuple[list[Any], float]] = []
@@ -288,6 +295,8 @@ class TritonPlan(Launcher):
             self._buckets.append(Bucket(key, members, begin, self._tile))
             kinds = [(e.group, self._on_device(e, settings[e.group]), *(c.dtype for c in e.counters)) for e in members]
             self._segments.append([self._segment(run, members, settings) for run in _runs(kinds)])
+            if any(segment.on_device for segment in self._segments[-1]):
+                self._buckets[-1].list_counters()
 
     def _segment(self, run: tuple[int, int], members: list[Entry], settings: list[Setting]) -> Segment:
         own = members[run[0] : run[1]]
@@ -296,10 +305,7 @@ class TritonPlan(Launcher):
         # Without counters there are none; a second one is carried.
         columns: list[list[Any]] = [[e.counters[k] for e in own] for k in range(len(setting.rule.counters))]
         single = len(columns) < 2 or columns[1][0].dtype == torch.float32
-        if not on_device:
-            columns = [[_counter(tensor) for tensor in column] for column in columns]
-        else:
-            columns = [[tensor.reshape(()) for tensor in column] for column in columns]
+        columns = [] if on_device else [[_counter(tensor) for tensor in column] for column in columns]
         steps, carries = [*columns, [], []][:2]
         return Segment(own[0].group, *run, steps, carries, single, on_device, own)
 
@@ -412,12 +418,15 @@ class TritonPlan(Launcher):
         a, b = segment.begin, segment.end
         if work.present is not None and not any(work.present[a:b]) and asked is False:
             return
-        if isinstance(asked, tuple):
-            asked = _is_due(asked, work.bucket.key.device if segment.on_device else None)
         if segment.on_device:
-            work.on_device.append((segment, setting, asked))
+            asked = Due(*asked) if isinstance(asked, tuple) else bool(asked)
+            kinds = tuple(counter.dtype for counter in segment.entries[0].counters)
+            work.on_device.append(Part(a, b, segment.entries, setting, asked, kinds))
             self._written += segment.written(0, len(setting.slots))
             return
+        if isinstance(asked, tuple):
+            step, k = asked
+            asked = (int(step.item()) + 1) % k == 0  # the engine's `is_due` has decided this before
         steps = [t + 1 for t in ([c.value for c in segment.steps] if segment.steps else segment.steps_before())]
         carries = [c.value for c in segment.carries] if segment.carries else [0.0] * (b - a)
         uniform = steps.count(steps[0]) == b - a and carries.count(carries[0]) == b - a
@@ -471,85 +480,43 @@ class TritonPlan(Launcher):
 
     def _run(self, device: torch.device, works: list[Work], scaler: _Scaler) -> None:
         block = Block()
+        grads = [block.add(array("q", work.pointers).tobytes()) // 8 for work in works]
+        jobs = [work.job(at) for work, at in zip(works, grads, strict=True) if work.on_device]
+        made = self._rows.setdefault(device, Rows()).made(jobs, block.size // 8) if jobs else None
+        work_at = 0
+        if made is not None:
+            block.add(b"".join(made.inputs))
+            work_at = block.add(made.work.tobytes())
         places = [_place(block, work) for work in works]
         sent = self._send(device, block)
-        for work, (grads_at, launches) in zip(works, places, strict=True):
+        for work, grads_at, launches in zip(works, grads, places, strict=True):
             work.bucket.lend()
-            grads = Addressed(sent.long, grads_at // 8)
-            values = sent.float64 if work.bucket.key.compute == torch.float64 else sent.float32
-            size = values.element_size()
+            values = sent.values(work.bucket.key.compute)
             for launch, rows_at, values_at in launches:
-                rows, coefficients = Addressed(sent.int, rows_at // 4), Addressed(values, values_at // size)
                 self._start(
-                    work.bucket, launch.chain, launch.first_slot, launch.aligned, grads, rows, coefficients, scaler
-                )
-            if work.on_device:
-                self._run_on_device(work, grads, scaler)
-
-    def _run_on_device(self, work: Work, grads: Addressed, scaler: _Scaler) -> None:
-        """Steps that are counted on the device: the rows are made there, one for each parameter."""
-        bucket = work.bucket
-        present = grads.tensor[grads.at : grads.at + len(bucket.entries)] != 0
-        launches: dict[Chain, list[tuple[Segment, DeviceRow]]] = {}
-        finish: list[Callable[[], None]] = []
-        for segment, setting, asked in work.on_device:
-            has = present[segment.begin : segment.end]
-            found, done = _device_rows(segment, setting, asked, has, work, scaler)
-            finish.append(done)
-            for row in found:
-                launches.setdefault(row.chain, []).append((segment, row))
-        aligned = bucket.key.aligned and work.misaligned is None
-        for chain, parts in launches.items():
-            rows = torch.full((len(bucket.entries),), -1, dtype=torch.int32, device=bucket.key.device)
-            at = 0
-            for segment, row in parts:
-                n = segment.end - segment.begin
-                index = torch.arange(at, at + n, dtype=torch.int32, device=rows.device)
-                rows[segment.begin : segment.end] = torch.where(row.active, index, -1)
-                at += n
-            values = torch.cat([row.coefficients for _, row in parts]).to(bucket.key.compute)
-            first_slot = parts[0][1].first_slot
-            self._start(bucket, chain, first_slot, aligned, grads, Addressed(rows, 0), Addressed(values, 0), scaler)
-        for done in finish:
-            done()
+                    work.bucket, launch.chain, launch.first_slot, launch.aligned,
+                    Addressed(sent.long, grads_at), Addressed(sent.int, rows_at), Addressed(values, values_at), scaler,
+                )  # fmt: skip
+        if made is None:
+            return
+        memory = self._make_rows(device, made, sent, work_at, scaler)
+        for start in made.starts:
+            job, values = start.job, memory.values(start.job.bucket.key.compute)
+            self._start(
+                job.bucket, start.chain, start.first_slot, job.aligned,
+                Addressed(sent.long, job.grads_at), Addressed(memory.int, start.rows_at),
+                Addressed(values, start.values_at), scaler,
+            )  # fmt: skip
 
 
-def _place(block: Block, work: Work) -> tuple[int, list[tuple[Launch, int, int]]]:
-    """Put a bucket's part into the block: where its gradients are, and rows and coefficients of each launch."""
-    grads_at = block.add(array("q", work.pointers).tobytes())
+def _place(block: Block, work: Work) -> list[tuple[Launch, int, int]]:
+    """Put a bucket's rows into the block: where the numbers of each launch's rows are, and the coefficients."""
     code = "d" if work.bucket.key.compute == torch.float64 else "f"
-    return grads_at, [
-        (launch, block.add(launch.rows.tobytes()),
-         block.add(array(code, concatenated.from_iterable(launch.coefficients)).tobytes()))
+    return [
+        (launch, block.add(launch.rows.tobytes()) // 4,
+         block.add(array(code, concatenated.from_iterable(launch.coefficients)).tobytes()) // array(code).itemsize)
         for launch in work.launches.values()
     ]  # fmt: skip
-
-
-def _device_rows(
-    segment: Segment, setting: Setting, asked: Any, has: Tensor, work: Work, scaler: _Scaler
-) -> tuple[list[DeviceRow], Callable[[], None]]:
-    """The rows of a segment, and what advances its counters once the kernels have been started."""
-    if segment.steps:
-        before = torch.stack(segment.steps).double()
-    else:
-        before = torch.ones(len(segment.entries), dtype=torch.float64, device=has.device)
-        for k, entry in enumerate(segment.entries):
-            if entry.fresh:
-                before[k] = 0
-    carry = torch.stack(segment.carries).double() if segment.carries else None
-    rows, carried = setting.device_rows(torch.where(has, before + 1, 0.0), carry, segment.single, asked)
-
-    def advance() -> None:
-        steps = [step for k, step in enumerate(segment.steps) if work.has(segment.begin + k)]
-        if steps:
-            torch._foreach_add_(steps, 1)
-        if steps and scaler.found_inf is not None:
-            torch._foreach_sub_(steps, [scaler.found_inf] * len(steps))
-        if carry is not None and carried is not None:
-            after = carried if scaler.found_inf is None else torch.where(scaler.found_inf == 0, carried, carry)
-            torch._foreach_copy_(segment.carries, list(after.to(segment.carries[0].dtype).unbind()))
-
-    return rows, advance
 
 
 def _entry(p: Tensor, group: int, setting: Setting, state: Mapping[str, Any], rows: int, fresh: bool) -> Entry | None:
@@ -587,12 +554,3 @@ def _bucket_work(bucket: Bucket, pointers: list[int]) -> Work:
         off = [pointer > 1 and pointer & 15 != 0 for pointer in pointers]
         misaligned = off if any(off) else None
     return Work(bucket, pointers, present, misaligned)
-
-
-def _is_due(asked: tuple[Tensor, int], device: torch.device | None) -> Any:
-    """Whether a group synchronises now that has taken so many steps: on the device, or known here (None).
-
-    The engine's `is_due` always knows here; this one need not wait.
-    """
-    step, k = asked
-    return (int(step.item()) + 1) % k == 0 if device is None else (step.to(device, non_blocking=True) + 1) % k == 0

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastopt.backends import triton_kernels as kernels
+from fastopt.backends import triton_rows as rows_made
 from fastopt.backends.amp import Amp
+from fastopt.backends.triton_rows import Made
 from fastopt.backends.triton_tables import Bucket, Channel, Sent
 from fastopt.chain import Chain
 from fastopt.rule import PULL
@@ -44,12 +46,12 @@ class Block:
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
-        self._size = 0
+        self.size = 0
 
     def add(self, part: bytes) -> int:
-        at, padding = self._size, -len(part) % 16
+        at, padding = self.size, -len(part) % 16
         self.parts += [part, bytes(padding)]
-        self._size += len(part) + padding
+        self.size += len(part) + padding
         return at
 
 
@@ -65,7 +67,7 @@ class Launcher:
     def __init__(self) -> None:
         self._channels: dict[torch.device, Channel] = {}
         self._buckets: list[Bucket] = []
-        self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
+        self._captured: list[Any] = []  # what CUDA graphs read at every replay
         self.launches = 0
         """How many kernels the last step launched."""
 
@@ -78,6 +80,23 @@ class Launcher:
         if channel.capturing and (not self._captured or self._captured[-1] is not self._buckets):
             self._captured.append(self._buckets)
         return sent
+
+    def _make_rows(self, device: torch.device, made: Made, sent: Sent, work_at: int, scaler: Scaler) -> Sent:
+        """Start the kernel that makes rows, which those started next may read from the memory returned."""
+        channel = self._channels[device]
+        memory = channel.scratch(made.size)
+        if channel.capturing:
+            self._captured.append(made.held)
+        try:
+            kernel = rows_made.kernel(tuple(made.variants))
+            kernel[(made.programs,)](
+                sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf, work_at // 8,
+                BLOCK=rows_made.BLOCK, WORK=rows_made.WORK, num_warps=1, **kernels.OPTIONS,
+            )  # fmt: skip
+        except Exception as error:
+            raise RuntimeError(f"the Triton kernel {rows_made.NAME} failed on {device}: {error}") from error
+        self.launches += 1
+        return memory
 
     def _start(
         self,

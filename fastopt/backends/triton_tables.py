@@ -143,6 +143,8 @@ class Bucket:
     table: Tensor = field(init=False)
     items: Tensor = field(init=False)
     partials: Tensor = field(init=False)
+    counters: Tensor | None = field(init=False, default=None)
+    """The addresses of each entry's counters, where a device counts steps."""
     programs: int = field(init=False)
     chunk: int = field(init=False)
     width: int = field(init=False)
@@ -174,7 +176,11 @@ class Bucket:
     def lend(self) -> None:
         """Kernels on the current stream are about to read the tables."""
         if stream_of(self.key.device) != self.stream:
-            lend(self.table, self.items, self.partials)
+            lend(self.table, self.items, self.partials, *([] if self.counters is None else [self.counters]))
+
+    def list_counters(self) -> None:
+        addresses = [[c.data_ptr() for c in e.counters] for e in self.entries]
+        self.counters = torch.tensor(addresses, dtype=torch.int64).to(self.key.device)
 
     def _counts(self, lengths: Tensor) -> Tensor:
         """How many work items each entry has."""
@@ -214,6 +220,9 @@ class Sent:
         self.long, self.int = memory.view(torch.int64), memory.view(torch.int32)
         self.float32, self.float64 = memory.view(torch.float32), memory.view(torch.float64)
 
+    def values(self, compute: torch.dtype) -> Tensor:
+        return self.float64 if compute == torch.float64 else self.float32
+
 
 class Channel:
     """Sends a block of bytes to a device, in stream order.
@@ -231,20 +240,17 @@ class Channel:
         self._next = 0
         self._ring: list[tuple[Tensor, Any]] = []
         self._spare: list[Tensor] = []
-        self._kept: list[tuple[Tensor, Sent]] = []
+        self._kept: list[Any] = []
         self.capturing = False
         self._stream = 0
         self.sent = Sent(torch.empty(0, dtype=torch.uint8))
+        self._scratch = self.sent
 
     def send(self, block: bytes) -> Sent:
         """The block in device memory; the same memory every time, unless the block has outgrown it."""
         capturing = self.capturing = self._cuda and torch.cuda.is_current_stream_capturing()
         if len(block) > self._capacity:
-            if capturing:
-                raise RuntimeError(
-                    "a CUDA graph is being captured, and this step sends more to the device than any before (more rows "
-                    "of coefficients, or other stages): run such a step before capturing"
-                )
+            self._check_growth()
             self._grow(len(block))
         if capturing:
             if not self._spare:
@@ -269,8 +275,26 @@ class Channel:
             event.record()
         return self.sent
 
+    def scratch(self, n: int) -> Sent:
+        """Memory of n bytes that the kernels of the block sent last write and read among themselves."""
+        if n > self._scratch.bytes.numel():
+            self._check_growth()
+            self._scratch = Sent(torch.empty(_roomy(n), dtype=torch.uint8, device=self.device))
+        if self.capturing and self._scratch not in self._kept:
+            self._kept.append(self._scratch)
+        if stream_of(self.device) != self._stream:
+            lend(self._scratch.bytes)
+        return self._scratch
+
+    def _check_growth(self) -> None:
+        if self.capturing:
+            raise RuntimeError(
+                "a CUDA graph is being captured, and this step sends more to the device than any before (more rows of "
+                "coefficients, or other stages): run such a step before capturing"
+            )
+
     def _grow(self, n: int) -> None:
-        self._capacity = max(4096, 2 * n + -2 * n % 16)
+        self._capacity = _roomy(n)
         self.sent = Sent(torch.empty(self._capacity, dtype=torch.uint8, device=self.device))
         self._stream = stream_of(self.device)
         event: Callable[[], Any] = torch.cuda.Event if self._cuda else lambda: None
@@ -283,3 +307,8 @@ class Channel:
 
     def _host(self) -> Tensor:
         return torch.empty(self._capacity, dtype=torch.uint8, pin_memory=self._cuda)
+
+
+def _roomy(n: int) -> int:
+    """Bytes for n and for more of them later."""
+    return max(4096, 2 * n + -2 * n % 16)

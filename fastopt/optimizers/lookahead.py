@@ -61,8 +61,9 @@ class LookaheadRule(Rule):
     def decay(self, h: Hyper) -> Stage | None:
         return self.inner.decay(h)
 
-    def alpha(self, h: Hyper) -> float:
-        return float(h.lookahead_alpha)
+    def alpha(self, h: Hyper) -> Number:
+        alpha: Number = h.lookahead_alpha
+        return alpha
 
 
 class Lookahead(SlowWeights, Optimizer):

@@ -23,7 +23,7 @@ class RAdamRule(Rule):
     def slots(self, h: Hyper) -> dict[str, Slot]:
         return {"m": Slot("exp_avg"), "v": Slot("exp_avg_sq")}
 
-    def threshold(self, h: Hyper) -> float:
+    def threshold(self, h: Hyper) -> Number:
         return 5.0
 
     def rectification(self, h: Hyper, t: Number) -> Number:

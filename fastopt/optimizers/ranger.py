@@ -13,7 +13,7 @@ from fastopt.chain import Stage
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.radam import RAdamRule
 from fastopt.optimizers.slow import SlowWeights, check_slow
-from fastopt.rule import Hyper, Slot, copy_of
+from fastopt.rule import Hyper, Number, Slot, copy_of
 
 SLOW = "slow_buffer"
 
@@ -33,8 +33,9 @@ class RangerRule(RAdamRule):
     optional: Sequence[str] = ("alpha", "k", "n_sma_threshold", "use_gc", "gc_conv_only", "degenerated_to_sgd")
     slow = Slot(SLOW, copy_of)
 
-    def threshold(self, h: Hyper) -> float:
-        return float(h.n_sma_threshold)
+    def threshold(self, h: Hyper) -> Number:
+        threshold: Number = h.n_sma_threshold
+        return threshold
 
     def patient(self, h: Hyper) -> bool:
         return not h.degenerated_to_sgd
@@ -42,11 +43,13 @@ class RangerRule(RAdamRule):
     def decay(self, h: Hyper) -> Stage:
         return stages.shrink
 
-    def alpha(self, h: Hyper) -> float:
-        return float(h.alpha)
+    def alpha(self, h: Hyper) -> Number:
+        alpha: Number = h.alpha
+        return alpha
 
-    def period(self, h: Hyper) -> float:
-        return float(h.k)
+    def period(self, h: Hyper) -> Number:
+        period: Number = h.k
+        return period
 
     def rows(self, h: Hyper, p: Tensor) -> int:
         return p.shape[0] if h.use_gc and p.numel() and p.dim() > (3 if h.gc_conv_only else 1) else 0

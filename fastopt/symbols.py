@@ -1,0 +1,197 @@
+"""Formulas written down instead of computed: how a rule's coefficients become the text of a kernel.
+
+Where steps are counted on a device, nobody else knows the step. A rule's formulas are then called with symbols, which
+answer arithmetic by noting it on their `Tape`, one line for each operation and none twice; a backend compiles the lines
+(backends/triton_rows.py). What a line may say is `+ - * /`, comparisons, ``&``, and calls of `FUNCTIONS`; everything is
+float64 or a truth value.
+
+Hyper-parameters become symbols too, so that their values are not part of the text. They still decide which formulas
+are called: a symbol that stands for a number the host knows can be asked, as in ``if h.momentum == 0``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+FUNCTIONS = ("number", "power", "root", "remainder", "to_single", "select", "opposite")
+"""number(x): a constant | power(a, b) | root(x), correctly rounded | remainder(a, b) of whole numbers | to_single(x):
+rounded to float32 | select(condition, a, b) | opposite(condition)"""
+
+HYPER = "h_"
+"""How the names of inputs begin that are hyper-parameters."""
+
+Known: TypeAlias = "float | bool | None"
+
+
+class Symbol:
+    """A number or a truth value that a kernel will compute, by its name on a tape."""
+
+    def __init__(self, tape: Tape, name: str, known: Known = None) -> None:
+        self.tape, self.name = tape, name
+        self.known = known
+        """Its value, where the host knows it."""
+
+    def __bool__(self) -> bool:
+        return bool(self._decided())
+
+    def __float__(self) -> float:
+        return float(self._decided())
+
+    def _decided(self) -> float:
+        if self.known is None:
+            raise TypeError(
+                f"`{self.tape.lines.get(self.name, self.name)}` is not known to the host, which must not wait for the "
+                "device: write the formula with arithmetic, `select` and `flag` (fastopt/rule.py)"
+            )
+        return self.known
+
+    def _infix(self, sign: str, other: Any, function: Callable[[Any, Any], Any], swap: bool = False) -> Symbol:
+        a, b = (other, self) if swap else (self, other)
+        known = _result(function, self.tape.known(a), self.tape.known(b))
+        return self.tape.note(f"{self.tape.name(a)} {sign} {self.tape.name(b)}", known)
+
+    def __add__(self, other: Any) -> Symbol:
+        return self._infix("+", other, operator.add)
+
+    def __radd__(self, other: Any) -> Symbol:
+        return self._infix("+", other, operator.add, swap=True)
+
+    def __sub__(self, other: Any) -> Symbol:
+        return self._infix("-", other, operator.sub)
+
+    def __rsub__(self, other: Any) -> Symbol:
+        return self._infix("-", other, operator.sub, swap=True)
+
+    def __mul__(self, other: Any) -> Symbol:
+        return self._infix("*", other, operator.mul)
+
+    def __rmul__(self, other: Any) -> Symbol:
+        return self._infix("*", other, operator.mul, swap=True)
+
+    def __truediv__(self, other: Any) -> Symbol:
+        return self._infix("/", other, operator.truediv)
+
+    def __rtruediv__(self, other: Any) -> Symbol:
+        return self._infix("/", other, operator.truediv, swap=True)
+
+    def __neg__(self) -> Symbol:
+        return self * -1.0  # 0 - x, which some languages mean by -x, has another zero
+
+    def __pow__(self, other: Any) -> Symbol:
+        if isinstance(other, float) and other == 0.5:
+            return self.tape.call("root", self)
+        return self.tape.call("power", self, other, function=operator.pow)
+
+    def __rpow__(self, other: Any) -> Symbol:
+        return self.tape.call("power", other, self, function=operator.pow)
+
+    def __mod__(self, other: Any) -> Symbol:
+        return self.tape.call("remainder", self, other, function=operator.mod)
+
+    def __lt__(self, other: Any) -> Symbol:
+        return self._infix("<", other, operator.lt)
+
+    def __le__(self, other: Any) -> Symbol:
+        return self._infix("<=", other, operator.le)
+
+    def __gt__(self, other: Any) -> Symbol:
+        return self._infix(">", other, operator.gt)
+
+    def __ge__(self, other: Any) -> Symbol:
+        return self._infix(">=", other, operator.ge)
+
+    def __eq__(self, other: object) -> Symbol:  # type: ignore[override]
+        return self._infix("==", other, operator.eq)
+
+    def __ne__(self, other: object) -> Symbol:  # type: ignore[override]
+        return self._infix("!=", other, operator.ne)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: Symbol) -> Symbol:
+        return self._infix("&", other, operator.and_)
+
+    def __invert__(self) -> Symbol:
+        return self.tape.call("opposite", self, function=operator.not_)
+
+    def select(self, a: Any, b: Any) -> Symbol:
+        """a where this holds, b elsewhere."""
+        return self.tape.call("select", self, a, b)
+
+    def to_single(self) -> Symbol:
+        return self.tape.call("to_single", self)
+
+
+def _result(function: Callable[..., Any], *known: Known) -> Known:
+    if any(value is None for value in known):
+        return None
+    try:
+        result: Known = function(*known)
+    except ArithmeticError:  # for the device to meet
+        return None
+    return result
+
+
+class Tape:
+    """The lines that symbols have noted, by the name of what each one computes."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, str] = {}
+        self._symbols: dict[str, Symbol] = {}
+        self._leaves: list[str] = []
+
+    def leaf(self, name: str, value: float | Tensor | None = None) -> Symbol:
+        """An input; its value is for decisions alone, and not known if it is a tensor."""
+        self._leaves.append(name)
+        return Symbol(self, name, None if isinstance(value, Tensor) else value)
+
+    def hyper(self, h: SimpleNamespace) -> SimpleNamespace:
+        """Hyper-parameters whose numbers and tensors are leaves, named after them."""
+        symbols = {k: self.leaf(f"{HYPER}{k}", v) for k, v in vars(h).items() if _is_number(v)}
+        rest = {k: v for k, v in vars(h).items() if k not in symbols}
+        if "betas" in rest:
+            rest["betas"] = symbols["beta1"], symbols["beta2"]
+        return SimpleNamespace(**symbols, **rest)
+
+    def note(self, text: str, known: Known = None) -> Symbol:
+        symbol = self._symbols.get(text)
+        if symbol is None:
+            symbol = self._symbols[text] = Symbol(self, f"x{len(self.lines)}", known)
+            self.lines[symbol.name] = text
+        return symbol
+
+    def call(self, name: str, *arguments: Any, function: Callable[..., Any] | None = None) -> Symbol:
+        known = _result(function, *map(self.known, arguments)) if function else None
+        return self.note(f"{name}({', '.join(map(self.name, arguments))})", known)
+
+    def needed(self, outputs: Iterable[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """The inputs and the lines that these outputs need."""
+        wanted = {word for output in outputs for word in _WORD.findall(output)}
+        lines = []
+        for name, text in reversed(self.lines.items()):
+            if name in wanted:
+                wanted.update(_WORD.findall(text))
+                lines.append((name, text))
+        return tuple(name for name in self._leaves if name in wanted), tuple(reversed(lines))
+
+    @staticmethod
+    def name(value: Any) -> str:
+        """What stands for a symbol, or for a number of the host, in a line."""
+        return value.name if isinstance(value, Symbol) else f"number({float(value)!r})"
+
+    @staticmethod
+    def known(value: Any) -> Known:
+        return value.known if isinstance(value, Symbol) else value
+
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)

@@ -1,0 +1,121 @@
+"""What test_triton.py runs under Triton's interpreter of steps that are counted on a device, which here is the CPU: the
+kernel that makes the rows of coefficients, alone against the host's rows and in steps with all that may happen there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton_interpreter  # before anything imports Triton
+
+# isort: split
+import pytest
+import test_device_steps as device_steps
+import torch
+from cases import Case, by_id
+from counted_rows import Counted
+from harness import Built, assert_same, trace
+from interpreted import SIZES, cases
+from test_device_steps import COUNTED, counted
+
+import fastopt
+from fastopt import routing
+from fastopt.backends import native
+
+pytestmark = pytest.mark.contract("device", backend="triton")
+
+assert triton_interpreter
+
+
+@pytest.fixture
+def _a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """capturable=True on a CPU parameter is an error: here the CPU is the device."""
+    why_not = routing.why_not_setting
+    monkeypatch.setattr(routing, "why_not_setting", lambda setting, p, _=False: why_not(setting, p, True))
+
+
+ROWS = by_id(
+    "adagrad-everything", "adam", "adam-amsgrad", "adamw", "adamax-coupled", "nadam-psi2", "radam-decoupled",
+    "rmsprop-everything", "ranger-alpha03", "ranger-undegenerate", "lookahead-adam", "lookahead-nadam",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("_a_device")
+@pytest.mark.parametrize("asked", [False, True])
+@cases(COUNTED)
+def test_rows_made_where_the_steps_are(case: Case, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own rows, in float64, are the host's, counters included; powers are libm's here."""
+    built = Counted(case, "cpu", asked)
+    built.check(built.step(monkeypatch), reach=0)
+
+
+@pytest.mark.usefixtures("_a_device")
+@cases(ROWS)
+def test_numbers_do_not_depend_on_where_steps_are_counted(case: Case) -> None:
+    traces = []
+    for backend, options in (("triton", counted(case)), ("reference", {})):
+        built = Built(SIZES, case, torch.float32)
+        traces.append(trace(case.make(built.groups, backend, **options), built))
+        built.assert_nothing_else_written()
+    assert_same(*traces)
+
+
+@pytest.mark.usefixtures("_a_device")
+@cases(ROWS)
+def test_two_launches_a_step_that_a_device_counts(case: Case) -> None:
+    """One that makes the rows and one for each chain that the device may choose; nothing is made twice."""
+    params = [torch.nn.Parameter(torch.ones(16)) for _ in range(3)]
+    optimizer = case.make(params, "triton", **counted(case))
+    made: list[Any] = []
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.ones(16)
+        optimizer.step()
+        plan: Any = optimizer.engine()._plans["triton"]
+        made.append(plan._rows[params[0].device]._made)
+    chains = 2 if case.lookahead or case.name == "Ranger" else 1
+    assert plan.launches == 1 + chains * (2 if case.id == "ranger-undegenerate" else 1)
+    assert made[-1] is made[-2] is made[-3]
+
+
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="the other side is the extension's plan")
+LIVE = pytest.mark.parametrize("case", by_id("nadam", "lookahead-adam"), ids=lambda c: c.id)
+
+
+@pytest.mark.usefixtures("_a_device")
+@needs_extension
+@LIVE
+def test_what_the_emulated_device_does_too(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate in a tensor, overflows, checkpoints in mid-run."""
+    device_steps.test_a_learning_rate_tensor_is_read_by_the_kernel(case, "triton", monkeypatch)
+    device_steps.test_overflow_is_found_by_the_kernels(case, "fp32", "triton", monkeypatch)
+    device_steps.test_resume_and_copies(case, "triton")
+
+
+@needs_extension
+def test_what_the_emulated_device_does_without_counters_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for late in (False, True):
+        device_steps.test_a_rule_that_counts_nothing_reads_it_too("triton", late, monkeypatch)
+    device_steps.test_momentum_that_met_an_overflow_first("triton")
+    for dtype in (torch.float64, torch.int32, torch.int64):
+        device_steps.test_counters_of_other_dtypes(dtype, "triton")
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_settings_of_many_kinds_in_one_launch() -> None:
+    """Decay or none, more parameters than a program serves, gradients that come and go; host-counted ones beside."""
+
+    def run(backend: str, options: dict[str, Any]) -> list[torch.Tensor]:
+        ps = [torch.nn.Parameter(torch.full((4,), 1.0 + i)) for i in range(75)]
+        cuts = (ps[:40], ps[40:41], ps[41:73], ps[73:])
+        groups = [{"params": own, "weight_decay": 0.1 * (i % 2), "lr": 0.1 + i} for i, own in enumerate(cuts)]
+        groups[3] |= {"capturable": False}
+        optimizer = fastopt.NAdam(groups, backend=backend, **options)
+        for step in range(4):
+            for i, p in enumerate(ps):
+                p.grad = None if (i + step) % 5 == 0 else torch.full((4,), 0.25 * step - 0.5)
+            optimizer.step()
+        return ps
+
+    for p, q in zip(run("triton", {"capturable": True}), run("reference", {}), strict=True):
+        assert torch.equal(p, q)
