@@ -15,7 +15,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastopt import memory, stages
 from fastopt.chain import Chain, Stage
-from fastopt.symbols import HYPER, Symbol, Tape
+from fastopt.symbols import HYPER, Symbol, Tape, is_number
 
 Hyper = Any
 """The hyper-parameters of a group as attributes, tensors resolved to numbers; `betas` also as `beta1` and `beta2`."""
@@ -190,7 +190,7 @@ class Path:
     """The coefficients."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Formulas:
     """What one step does to a parameter whose steps a device counts: text that a backend compiles (symbols.py)."""
 
@@ -204,6 +204,8 @@ class Formulas:
     """The second counter after the step."""
 
 
+Written: TypeAlias = "tuple[list[tuple[Callable[[Hyper], Any], Any]], Formulas]"
+"""Formulas, and what was asked of the hyper-parameters when they were written down."""
 DUE = ("due_step", "due_period")
 """Inputs of a group whose device decides whether it synchronises: the steps taken, and every how many it does."""
 
@@ -227,8 +229,12 @@ class OnDevice(NamedTuple):
 class Setting:
     """A rule with fixed hyper-parameters. `layout` is equal, by identity, between settings that use the same state."""
 
-    def __init__(self, rule: Rule, h: Hyper, chain_index: Callable[[Chain], int]) -> None:
+    def __init__(
+        self, rule: Rule, h: Hyper, chain_index: Callable[[Chain], int], written: dict[Any, list[Written]] | None = None
+    ) -> None:
+        """`written`: formulas that other settings of the rule have been asked for."""
         self.rule, self.h, self._index = rule, h, chain_index
+        self._written: dict[Any, list[Written]] = {} if written is None else written
         self.counts_on_device = bool(h.capturable or h.fused)
         """Whether torch keeps the counters of such a group on the parameter's device."""
         self.tensors = tuple(value for value in vars(h).values() if isinstance(value, Tensor))
@@ -242,7 +248,6 @@ class Setting:
         self.slots: tuple[str, ...] = tuple(self.named_slots[name].key for name in order)
         # Without counters, tensors decide where the rows are made.
         where = () if rule.counters else (self.symbolic,)
-        self._formulas: dict[tuple[bool, bool | None], Formulas] = {}
         self.layout = _shared(("layout", self.slots, *rule.structure(h), *where))
 
     def _chain(self, waits: bool, synchronised: bool) -> Chain:
@@ -296,19 +301,30 @@ class Setting:
         return len(self.slots) - 1 if chain is PULL else 0
 
     def formulas(self, single: bool, asked: bool | None) -> Formulas:
-        """`at` in words, for steps that are counted on a device; written once.
+        """`at` in words, for steps that are counted on a device; written once for all settings that ask for the same.
 
         Args:
             single: Whether the second counters are stored in float32.
             asked: Whether the group synchronises; None: its device decides, from `DUE`.
         """
-        if (single, asked) not in self._formulas:
-            self._formulas[single, asked] = self._written(single, asked)
-        return self._formulas[single, asked]
+        known = self._written.setdefault((single, asked, self._kinds), [])
+        for decisions, formulas in known:
+            if all(value(self.h) == was for value, was in decisions):
+                return formulas
+        tape = Tape(self.h)
+        formulas = self._write(tape, single, asked)
+        known.append((tape.decisions, formulas))
+        return formulas
 
-    def _written(self, single: bool, asked: bool | None) -> Formulas:
-        rule, tape = self.rule, Tape()
-        h = tape.hyper(self.h)
+    @cached_property
+    def _kinds(self) -> tuple[Any, ...]:
+        """What formulas are written for, beside what they ask of numbers: all that is no number."""
+        return tuple(
+            (k, None if is_number(v) else v, isinstance(v, Tensor)) for k, v in vars(self.h).items() if k != "betas"
+        )
+
+    def _write(self, tape: Tape, single: bool, asked: bool | None) -> Formulas:
+        rule, h = self.rule, tape.hyper()
         t, carry, stepped = map(tape.leaf, given := ("t", "carry", "stepped"))
         step, period = map(tape.leaf, DUE)
         due: Condition = (step + 1) % period == 0 if asked is None else asked
@@ -409,6 +425,7 @@ class Settings:
         self.keys = tuple(dict.fromkeys((*rule.hyper, *FLAGS)))
         self._needed = {*rule.hyper, *flags}
         self._known: dict[tuple[Any, ...], Setting] = {}
+        self._written: dict[Any, list[Written]] = {}
 
     def of(self, group: Mapping[str, Any]) -> Setting:
         given = {key: group[key] if key in self._needed else group.get(key) for key in self.keys}  # KeyError, as torch
@@ -417,7 +434,7 @@ class Settings:
         if setting is None:
             if len(self._known) > 1024:  # a schedule that never repeats a value must not grow this for ever
                 self._known.clear()
-            setting = self._known[values] = Setting(self.rule, self._hyper(values), self._index)
+            setting = self._known[values] = Setting(self.rule, self._hyper(values), self._index, self._written)
         return setting
 
     def _hyper(self, values: tuple[Any, ...]) -> Hyper:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -26,16 +27,15 @@ rounded to float32 | select(condition, a, b) | opposite(condition)"""
 HYPER = "h_"
 """How the names of inputs begin that are hyper-parameters."""
 
-Known: TypeAlias = "float | bool | None"
+Value: TypeAlias = "Callable[[Any], Any] | None"
+"""What a symbol is worth to the host, from the hyper-parameters; None: only the device knows."""
 
 
 class Symbol:
     """A number or a truth value that a kernel will compute, by its name on a tape."""
 
-    def __init__(self, tape: Tape, name: str, known: Known = None) -> None:
-        self.tape, self.name = tape, name
-        self.known = known
-        """Its value, where the host knows it."""
+    def __init__(self, tape: Tape, name: str, value: Value = None) -> None:
+        self.tape, self.name, self.value = tape, name, value
 
     def __bool__(self) -> bool:
         return bool(self._decided())
@@ -44,17 +44,18 @@ class Symbol:
         return float(self._decided())
 
     def _decided(self) -> float:
-        if self.known is None:
+        if self.value is None:
             raise TypeError(
                 f"`{self.tape.lines.get(self.name, self.name)}` is not known to the host, which must not wait for the "
                 "device: write the formula with arithmetic, `select` and `flag` (fastopt/rule.py)"
             )
-        return self.known
+        result: float = self.value(self.tape.h)
+        self.tape.decisions.append((self.value, result))
+        return result
 
     def _infix(self, sign: str, other: Any, function: Callable[[Any, Any], Any], swap: bool = False) -> Symbol:
         a, b = (other, self) if swap else (self, other)
-        known = _result(function, self.tape.known(a), self.tape.known(b))
-        return self.tape.note(f"{self.tape.name(a)} {sign} {self.tape.name(b)}", known)
+        return self.tape.note(f"{self.tape.name(a)} {sign} {self.tape.name(b)}", _applied(function, a, b))
 
     def __add__(self, other: Any) -> Symbol:
         return self._infix("+", other, operator.add)
@@ -128,47 +129,57 @@ class Symbol:
         return self.tape.call("to_single", self)
 
 
-def _result(function: Callable[..., Any], *known: Known) -> Known:
-    if any(value is None for value in known):
-        return None
-    try:
-        result: Known = function(*known)
-    except ArithmeticError:  # for the device to meet
-        return None
-    return result
+def _applied(function: Callable[..., Any], *arguments: Any) -> Value:
+    """The value of a function of symbols and numbers."""
+    values = [a.value if isinstance(a, Symbol) else _constant(a) for a in arguments]
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else lambda h: function(*(value(h) for value in known))
+
+
+def _constant(x: Any) -> Callable[[Any], Any]:
+    return lambda h: x
 
 
 class Tape:
     """The lines that symbols have noted, by the name of what each one computes."""
 
-    def __init__(self) -> None:
+    def __init__(self, h: Any) -> None:
+        self.h = h
         self.lines: dict[str, str] = {}
+        self.decisions: list[tuple[Callable[[Any], Any], Any]] = []
+        """What the host was asked about hyper-parameters, and what it said: for others that say the same, the lines
+        are the same."""
         self._symbols: dict[str, Symbol] = {}
         self._leaves: list[str] = []
 
-    def leaf(self, name: str, value: float | Tensor | None = None) -> Symbol:
-        """An input; its value is for decisions alone, and not known if it is a tensor."""
+    def leaf(self, name: str, value: Value = None) -> Symbol:
+        """An input."""
         self._leaves.append(name)
-        return Symbol(self, name, None if isinstance(value, Tensor) else value)
+        return Symbol(self, name, value)
 
-    def hyper(self, h: SimpleNamespace) -> SimpleNamespace:
-        """Hyper-parameters whose numbers and tensors are leaves, named after them."""
-        symbols = {k: self.leaf(f"{HYPER}{k}", v) for k, v in vars(h).items() if _is_number(v)}
-        rest = {k: v for k, v in vars(h).items() if k not in symbols}
+    def hyper(self) -> SimpleNamespace:
+        """The hyper-parameters with leaves, named after them, for numbers and tensors."""
+        own = vars(self.h)
+        symbols = {
+            k: self.leaf(f"{HYPER}{k}", None if isinstance(v, Tensor) else attrgetter(k))
+            for k, v in own.items()
+            if is_number(v)
+        }
+        rest = {k: v for k, v in own.items() if k not in symbols}
         if "betas" in rest:
             rest["betas"] = symbols["beta1"], symbols["beta2"]
         return SimpleNamespace(**symbols, **rest)
 
-    def note(self, text: str, known: Known = None) -> Symbol:
+    def note(self, text: str, value: Value = None) -> Symbol:
         symbol = self._symbols.get(text)
         if symbol is None:
-            symbol = self._symbols[text] = Symbol(self, f"x{len(self.lines)}", known)
+            symbol = self._symbols[text] = Symbol(self, f"x{len(self.lines)}", value)
             self.lines[symbol.name] = text
         return symbol
 
     def call(self, name: str, *arguments: Any, function: Callable[..., Any] | None = None) -> Symbol:
-        known = _result(function, *map(self.known, arguments)) if function else None
-        return self.note(f"{name}({', '.join(map(self.name, arguments))})", known)
+        value = _applied(function, *arguments) if function else None
+        return self.note(f"{name}({', '.join(map(self.name, arguments))})", value)
 
     def needed(self, outputs: Iterable[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
         """The inputs and the lines that these outputs need."""
@@ -185,13 +196,9 @@ class Tape:
         """What stands for a symbol, or for a number of the host, in a line."""
         return value.name if isinstance(value, Symbol) else f"number({float(value)!r})"
 
-    @staticmethod
-    def known(value: Any) -> Known:
-        return value.known if isinstance(value, Symbol) else value
-
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)

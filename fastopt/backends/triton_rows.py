@@ -14,6 +14,7 @@ device.
 
 from __future__ import annotations
 
+import hashlib
 import linecache
 import struct
 from array import array
@@ -101,10 +102,11 @@ def variant(at, k, mask, advances, block, doubles, rows, singles, wides):
 """
 
 
+@cache
 def source(
-    formulas: Formulas, inputs: Sequence[float | Tensor], counters: tuple[torch.dtype, ...], compute: torch.dtype
+    formulas: Formulas, inputs: tuple[torch.dtype | None, ...], counters: tuple[torch.dtype, ...], compute: torch.dtype
 ) -> str:
-    """The text of a variant: what makes the rows of one setting's parameters.
+    """The text of a variant: what makes the rows of one setting's parameters. `inputs`: which are in tensors, of what.
 
     Each thread reads its parameter's counters, follows the formulas, and writes the row of the path that is taken. What
     is the same for all is read by all: Triton's interpreter cannot join a truth value of one with those of many.
@@ -121,10 +123,10 @@ def source(
     if not counters:
         before.append("t = tl.load(doubles + tl.load(at + 5) + k, mask, 0)")
     before.append("t = tl.where(stepped, t + 1.0, 0.0)")
-    for i, (name, given) in enumerate(zip(formulas.inputs, inputs, strict=True)):
+    for i, (name, held) in enumerate(zip(formulas.inputs, inputs, strict=True)):
         read = f"tl.load(doubles + inputs + {i})"
-        if isinstance(given, Tensor):
-            address = f"tl.load(block + inputs + {i}).to(tl.pointer_type({_type(given.dtype)}))"
+        if held is not None:
+            address = f"tl.load(block + inputs + {i}).to(tl.pointer_type({_type(held)}))"
             read = f"tl.load({address}).to(tl.float64)"
         before.append(f"{name} = {read}")
     narrow, into = ("", "wides") if compute == torch.float64 else (".to(tl.float32)", "singles")
@@ -159,7 +161,7 @@ def kernel(variants: tuple[str, ...]) -> Any:
     parts = [text.replace("def variant(", f"def variant_{i}(", 1) for i, text in enumerate(variants)]
     calls = [_CALL.format(number=i) for i in range(len(variants))]
     text = "\n\n".join([*parts, _KERNEL + "".join(calls)])
-    file = f"<fastopt rows {abs(hash(text)):x}>"
+    file = f"<fastopt rows {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)
     exec(compile(text, file, "exec"), names)
     for i in range(len(variants)):
@@ -276,7 +278,8 @@ def make(jobs: Sequence[Job], base: int) -> Made:
             made.held += [value for value in inputs if isinstance(value, Tensor)]
             before = [] if part.counters else [0.0 if entry.fresh else 1.0 for entry in part.entries]
             made.inputs.append(_packed([*inputs, *before]))
-            text = source(formulas, inputs, part.counters, job.bucket.key.compute)
+            held = tuple(value.dtype if isinstance(value, Tensor) else None for value in inputs)
+            text = source(formulas, held, part.counters, job.bucket.key.compute)
             places = [starts[path.chain] for path in formulas.paths]
             _deal(made, job, part, made.variant(text), at, at + len(inputs), places)
             at += len(inputs) + len(before)
