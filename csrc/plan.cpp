@@ -24,6 +24,9 @@ constexpr size_t counts_ahead = 8, data_ahead = 2;
 constexpr size_t groups_ahead = 8;
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
+// Who has kernels of his own tells by a gradient's address whether there is one. That of an empty one nobody follows.
+const void* present_at(const void* gradient) { return gradient ? gradient : reinterpret_cast<const void*>(16); }
+
 // What of `sync` is a group's.
 PyObject* asked(PyObject* sync, size_t group) {
   return sync == Py_None ? Py_False : PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(group));
@@ -216,8 +219,13 @@ bool Plan::renew_devices() {
 // row that was foreseen.
 bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync) {
   if (!entry.native) return !found.active;
-  if (!found.fits || entry.counted || found.active != (found.grad != nullptr)) return false;
+  const bool counted_here = entry.counted && kernels_ != Devices::external;
+  if (!found.fits || counted_here || found.active != (found.grad != nullptr)) return false;
   if (!found.grad) return !(sync && entry.has_state);
+  if (entry.counted) {
+    devices_[entry.device].renew(entry.number, present_at(found.data));
+    return true;
+  }
   const RowKey& key = group.last_key;
   const bool single = entry.counter_count < 2 || tensors(entry)[counters_at(entry) + 1].kind == CounterKind::f32;
   if (!group.likely || !found.flat || found.t != key.t || found.carry != key.carry || single != key.single)
@@ -249,6 +257,10 @@ bool Plan::decide(Group& group, PyObject* asked) {
     if (!entry.counted) {
       if (PyTuple_Check(asked)) throw std::invalid_argument("fastopt: a group counts on a device, its state does not");
       activate(entry, group, found, synchronise);
+      continue;
+    }
+    if (kernels_ == Devices::external) {  // so are the rows somebody else's
+      if (found.grad) devices_[entry.device].renew(entry.number, present_at(found.data));
       continue;
     }
     if (!setting) setting = device_setting(group, asked);

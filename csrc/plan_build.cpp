@@ -28,7 +28,8 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
   return true;
 }
 
-// The counters are all on the CPU or all on the parameter's device; then, or if `on_device`, the device counts.
+// The counters are all on the CPU or all on the parameter's device; then, or if `on_device`, the device counts. (Where
+// the CPU is the device, the setting tells.)
 bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
   for (const Ref& key : counter_keys_) {
     PyObject* object = PyDict_GetItemWithError(state, key.get());
@@ -111,8 +112,9 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
   if (slot_keys.empty() && counter_keys_.empty())
     entry.has_state = true;
   else
-    entry.has_state = own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
-                      build_counters(entry, own, kernels_ == Devices::emulated && group.counts_on_device);
+    entry.has_state =
+        own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
+        build_counters(entry, own, kernels_ != Devices::cuda && impl->device().is_cpu() && group.counts_on_device);
   if (!entry.has_state) {
     entry.slot_count = entry.counter_count = 0;
     tracked_.resize(entry.first + 1);
@@ -166,7 +168,8 @@ void Plan::plan_device(Entry& entry) {
   }
   entry.device = static_cast<int8_t>(k);
   DeviceCounters counters{};
-  if (entry.counted) {
+  const bool counts_here = entry.counted && kernels_ != Devices::external;
+  if (counts_here) {
     const Tracked* const counter = memory + counters_at(entry);
     counters.step = counter[0].data;
     counters.step_kind = counter[0].kind;
@@ -175,7 +178,7 @@ void Plan::plan_device(Entry& entry) {
       counters.carry_kind = counter[1].kind;
     }
   }
-  entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned, entry.counted ? &counters : nullptr));
+  entry.number = static_cast<uint32_t>(devices_[k].add(planned, entry.aligned, counts_here ? &counters : nullptr));
 }
 
 void Plan::place_devices() {

@@ -76,6 +76,7 @@ def test_two_launches_a_step_that_a_device_counts(case: Case) -> None:
     chains = 2 if case.lookahead or case.name == "Ranger" else 1
     assert plan.launches == 1 + chains * (2 if case.id == "ranger-undegenerate" else 1)
     assert made[-1] is made[-2] is made[-3]
+    assert getattr(plan, "_serves", True), "where it is there, the compiled plan does the host's work"
 
 
 needs_extension = pytest.mark.skipif(native.extension() is None, reason="the other side is the extension's plan")

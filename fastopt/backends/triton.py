@@ -29,7 +29,7 @@ from fastopt import routing
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton_launch import Addressed, Block, Launcher, current
 from fastopt.backends.triton_launch import Scaler as _Scaler
-from fastopt.backends.triton_rows import Due, Job, Part, Rows
+from fastopt.backends.triton_rows import Due, Job, Part
 from fastopt.backends.triton_tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
 from fastopt.rule import FLAGS, Counts, Flags, Groups, Row, Setting, State
@@ -130,6 +130,12 @@ class Segment:
     """Whether steps are counted, or a hyper-parameter lies, on the device: the rows are then made there."""
     entries: list[Entry]
     _written: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def part(self, setting: Setting, asked: Any) -> Part:
+        """What a step does to them that is counted on the device."""
+        kinds = tuple(counter.dtype for counter in self.entries[0].counters)
+        due = Due(*asked) if isinstance(asked, tuple) else bool(asked)
+        return Part(self.begin, self.end, self.entries, setting, due, kinds)
 
     def steps_before(self) -> list[float]:
         """Of entries whose rule counts nothing: whether a step was taken."""
@@ -257,7 +263,6 @@ class TritonPlan(Launcher):
         self._settings = GroupSettings(setting_of)
         self._tile = tile or TILE
         self._memo: dict[tuple[Any, ...], Row] = {}
-        self._rows: dict[torch.device, Rows] = {}
         self._params: list[Tensor] = []
         self._work: list[Work] = []
         self._updates: list[tuple[list[Any], float]] = []
@@ -419,9 +424,7 @@ class TritonPlan(Launcher):
         if work.present is not None and not any(work.present[a:b]) and asked is False:
             return
         if segment.on_device:
-            asked = Due(*asked) if isinstance(asked, tuple) else bool(asked)
-            kinds = tuple(counter.dtype for counter in segment.entries[0].counters)
-            work.on_device.append(Part(a, b, segment.entries, setting, asked, kinds))
+            work.on_device.append(segment.part(setting, asked))
             self._written += segment.written(0, len(setting.slots))
             return
         if isinstance(asked, tuple):
@@ -482,11 +485,7 @@ class TritonPlan(Launcher):
         block = Block()
         grads = [block.add(array("q", work.pointers).tobytes()) // 8 for work in works]
         jobs = [work.job(at) for work, at in zip(works, grads, strict=True) if work.on_device]
-        made = self._rows.setdefault(device, Rows()).made(jobs, block.size // 8) if jobs else None
-        work_at = 0
-        if made is not None:
-            block.add(b"".join(made.inputs))
-            work_at = block.add(made.work.tobytes())
+        counted = self._add_jobs(device, block, jobs)
         places = [_place(block, work) for work in works]
         sent = self._send(device, block)
         for work, grads_at, launches in zip(works, grads, places, strict=True):
@@ -497,16 +496,8 @@ class TritonPlan(Launcher):
                     work.bucket, launch.chain, launch.first_slot, launch.aligned,
                     Addressed(sent.long, grads_at), Addressed(sent.int, rows_at), Addressed(values, values_at), scaler,
                 )  # fmt: skip
-        if made is None:
-            return
-        memory = self._make_rows(device, made, sent, work_at, scaler)
-        for start in made.starts:
-            job, values = start.job, memory.values(start.job.bucket.key.compute)
-            self._start(
-                job.bucket, start.chain, start.first_slot, job.aligned,
-                Addressed(sent.long, job.grads_at), Addressed(memory.int, start.rows_at),
-                Addressed(values, start.values_at), scaler,
-            )  # fmt: skip
+        if counted is not None:
+            self._start_counted(device, counted, sent, scaler)
 
 
 def _place(block: Block, work: Work) -> list[tuple[Launch, int, int]]:

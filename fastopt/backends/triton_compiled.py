@@ -2,13 +2,15 @@
 
 The tables and the kernels are TritonPlan's. What that does tensor by tensor in Python, comparing everything with the
 tables, reading gradients, counting, is here the compiled plan's, which takes a fraction of the time; a step then hands
-over one block for each device. Where steps are counted on the device, and for rules with stages that the extension does
-not have, TritonPlan does it all.
+over one block for each device. The rows of steps that are counted on the device are made there, as TritonPlan has them
+made. For rules with stages that the extension does not have, and for hyper-parameters on the device of rules that count
+nothing, TritonPlan does it all.
 """
 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -21,6 +23,7 @@ from fastopt.backends import native
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import TritonPlan
 from fastopt.backends.triton_launch import Addressed, Block, Scaler, current
+from fastopt.backends.triton_rows import Job, Part
 from fastopt.backends.triton_tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
@@ -51,13 +54,16 @@ class CompiledPlan(TritonPlan):
     ) -> None:
         super().__init__(setting_of, tile)
         self._core = native.make_core(names, setting_of, None, "external")
+        self._counted, self._parts = False, list[list[Part]]()
         self._serves = False
         """Whether the compiled plan takes the steps of the tables that were built last."""
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
         super().build(groups, state, takes, rows, fresh)
-        counted = any(segment.on_device for segments in self._segments for segment in segments)
-        self._serves = not counted and all(map(_is_compiled, self._settings.of(groups)))
+        on_device = [segment for segments in self._segments for segment in segments if segment.on_device]
+        self._counted = bool(on_device)
+        counts = all(segment.entries[0].counters for segment in on_device)
+        self._serves = counts and all(map(_is_compiled, self._settings.of(groups)))
         if not self._serves:
             self._core.build([], {}, [], [], [])  # holds nothing
             return
@@ -78,7 +84,15 @@ class CompiledPlan(TritonPlan):
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         if not self._serves:
             return super().gather(groups, state, sync)
-        return bool(self._core.gather(groups, state, sync))
+        if not self._core.gather(groups, state, sync):
+            return False
+        if self._counted:
+            settings = self._settings.of(groups)
+            self._parts = [
+                [s.part(settings[s.group], sync and sync[s.group]) for s in segments if s.on_device]
+                for segments in self._segments
+            ]
+        return True
 
     @torch.no_grad()
     def launch(self, amp: Amp = NONE) -> None:
@@ -110,6 +124,7 @@ class CompiledPlan(TritonPlan):
         """Send what a step gives to the tensors of a device, and start the kernels of every bucket."""
         block = Block()
         grads_at = block.add(gradients)
+        counted = self._add_jobs(device, block, self._jobs(device, gradients)) if self._counted else None
         parts = [
             (_chain(chain), first_slot, numbers, block.add(f32), block.add(f64))
             for chain, first_slot, numbers, f32, f64 in taken
@@ -129,6 +144,23 @@ class CompiledPlan(TritonPlan):
             wide = bucket.key.compute == torch.float64
             values = Addressed(sent.float64, values_at // 8) if wide else Addressed(sent.float32, values_at // 4)
             self._start(bucket, chain, first_slot, aligned, grads, rows, values, scaler)
+        if counted is not None:
+            self._start_counted(device, counted, sent, scaler)
+
+    def _jobs(self, device: torch.device, gradients: bytes) -> list[Job]:
+        """What a step does to the buckets of a device whose steps are counted there."""
+        jobs, begin = [], 0
+        for bucket, parts in zip(self._buckets, self._parts, strict=True):
+            if bucket.key.device != device:
+                continue
+            own = gradients[8 * begin : 8 * (begin + len(bucket.entries))]
+            taken = [part for part in parts if part.asked or own[8 * part.begin : 8 * part.end].strip(b"\0")]
+            if taken:
+                bucket.lend()
+                aligned = bucket.key.aligned and not own[::8].translate(None, _MULTIPLES)
+                jobs.append(Job(bucket, aligned, 0 not in array("q", own), begin, taken))
+            begin += len(bucket.entries)
+        return jobs
 
 
 def _by_alignment(bucket: Bucket, gradients: bytes, numbers: bytes) -> Iterator[tuple[bool, bytes]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastopt.backends import triton_kernels as kernels
 from fastopt.backends import triton_rows as rows_made
 from fastopt.backends.amp import Amp
-from fastopt.backends.triton_rows import Made
+from fastopt.backends.triton_rows import Job, Made, Rows
 from fastopt.backends.triton_tables import Bucket, Channel, Sent
 from fastopt.chain import Chain
 from fastopt.rule import PULL
@@ -55,6 +55,14 @@ class Block:
         return at
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What makes the rows of steps that a device counts, and where in the block its programs' work begins."""
+
+    made: Made
+    work_at: int
+
+
 def current(device: torch.device) -> Any:
     """The device as the current one, for Triton launches on that."""
     same = device.type != "cuda" or device.index == torch.cuda.current_device()
@@ -67,6 +75,7 @@ class Launcher:
     def __init__(self) -> None:
         self._channels: dict[torch.device, Channel] = {}
         self._buckets: list[Bucket] = []
+        self._rows: dict[torch.device, Rows] = {}
         self._captured: list[Any] = []  # what CUDA graphs read at every replay
         self.launches = 0
         """How many kernels the last step launched."""
@@ -81,8 +90,26 @@ class Launcher:
             self._captured.append(self._buckets)
         return sent
 
+    def _add_jobs(self, device: torch.device, block: Block, jobs: list[Job]) -> Counted | None:
+        """Put what makes the rows of counted steps into the block."""
+        if not jobs:
+            return None
+        made = self._rows.setdefault(device, Rows()).made(jobs, block.size // 8)
+        block.add(b"".join(made.inputs))
+        return Counted(made, block.add(made.work.tobytes()))
+
+    def _start_counted(self, device: torch.device, counted: Counted, sent: Sent, scaler: Scaler) -> None:
+        """Start the kernel that makes rows, and those that read them."""
+        memory = self._make_rows(device, counted.made, sent, counted.work_at, scaler)
+        for start in counted.made.starts:
+            job, values = start.job, memory.values(start.job.bucket.key.compute)
+            self._start(
+                job.bucket, start.chain, start.first_slot, job.aligned,
+                Addressed(sent.long, job.grads_at), Addressed(memory.int, start.rows_at),
+                Addressed(values, start.values_at), scaler,
+            )  # fmt: skip
+
     def _make_rows(self, device: torch.device, made: Made, sent: Sent, work_at: int, scaler: Scaler) -> Sent:
-        """Start the kernel that makes rows, which those started next may read from the memory returned."""
         channel = self._channels[device]
         memory = channel.scratch(made.size)
         if channel.capturing:

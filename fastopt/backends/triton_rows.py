@@ -20,7 +20,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -198,16 +198,21 @@ class Part:
         fresh = [] if self.counters else [entry.fresh for entry in self.entries]
         return self.begin, self.end, self.setting, due, self.counters, where, fresh
 
+    def elsewhere(self, device: torch.device) -> bool:
+        due = [] if isinstance(self.asked, bool) else [self.asked.step]
+        return any(tensor.device != device for tensor in (*self.setting.tensors, *due))
+
+    @cached_property
     def formulas(self) -> Formulas:
         single = len(self.counters) < 2 or self.counters[1] == torch.float32
         return self.setting.formulas(single, self.asked if isinstance(self.asked, bool) else None)
 
-    def inputs(self, formulas: Formulas, device: torch.device) -> list[float | Tensor]:
-        """The numbers that formulas name, or the tensors on the device that hold them."""
+    def inputs(self, device: torch.device) -> list[float | Tensor]:
+        """The numbers that the formulas name, or the tensors on the device that hold them."""
         due: dict[str, float | Tensor] = {}
         if isinstance(self.asked, Due):
             due = dict(zip(DUE, (self.asked.step, self.asked.period), strict=True))
-        found = [due[name] if name in due else self.setting.input(name) for name in formulas.inputs]
+        found = [due[name] if name in due else self.setting.input(name) for name in self.formulas.inputs]
         return [v.to(device, non_blocking=True) if isinstance(v, Tensor) else float(v) for v in found]
 
 
@@ -245,6 +250,8 @@ class Made:
     work: array[int] = field(default_factory=lambda: array("q"))
     inputs: list[bytes] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
+    copied: bool = False
+    """Whether some inputs are copies, of what lies on another device and may change there."""
     starts: list[Start] = field(default_factory=list)
     size: int = 0
     """Bytes of rows."""
@@ -270,12 +277,13 @@ def make(jobs: Sequence[Job], base: int) -> Made:
     for job in jobs:
         starts: dict[Chain, Start] = {}
         for part in job.parts:
-            formulas = part.formulas()
+            formulas = part.formulas
             for path in formulas.paths:
                 if path.chain not in starts:
                     starts[path.chain] = _start(made, job, path)
-            inputs = part.inputs(formulas, job.bucket.key.device)
+            inputs = part.inputs(job.bucket.key.device)
             made.held += [value for value in inputs if isinstance(value, Tensor)]
+            made.copied |= part.elsewhere(job.bucket.key.device)
             before = [] if part.counters else [0.0 if entry.fresh else 1.0 for entry in part.entries]
             made.inputs.append(_packed([*inputs, *before]))
             held = tuple(value.dtype if isinstance(value, Tensor) else None for value in inputs)
@@ -309,7 +317,7 @@ def _deal(made: Made, job: Job, part: Part, variant: int, inputs_at: int, before
 
 def _clear(made: Made, job: Job, start: Start) -> None:
     """Programs for the parameters to which a launch does nothing: no part of theirs has such a path."""
-    taken = sorted((p.begin, p.end) for p in job.parts if any(x.chain is start.chain for x in p.formulas().paths))
+    taken = sorted((p.begin, p.end) for p in job.parts if any(x.chain is start.chain for x in p.formulas.paths))
     ends = [0, *(end for _, end in taken)]
     begins = [*(begin for begin, _ in taken), len(job.bucket.entries)]
     for begin, end in zip(ends, begins, strict=True):
@@ -320,9 +328,8 @@ def _clear(made: Made, job: Job, start: Start) -> None:
 
 def _packed(inputs: Sequence[float | Tensor]) -> bytes:
     """Eight bytes each: the number, or the address where it is."""
-    return b"".join(
-        struct.pack("q", value.data_ptr()) if isinstance(value, Tensor) else struct.pack("d", value) for value in inputs
-    )
+    kinds = "".join("q" if isinstance(value, Tensor) else "d" for value in inputs)
+    return struct.pack(kinds, *(value.data_ptr() if isinstance(value, Tensor) else value for value in inputs))
 
 
 class Rows:
@@ -334,6 +341,6 @@ class Rows:
 
     def made(self, jobs: Sequence[Job], base: int) -> Made:
         known = base, [job.known() for job in jobs]
-        if known != self._known:
+        if known != self._known or self._made.copied:
             self._known, self._made = known, make(jobs, base)
         return self._made
