@@ -4,6 +4,9 @@ kernel that makes the rows of coefficients, alone against the host's rows and in
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import triton_interpreter  # before anything imports Triton
@@ -77,6 +80,29 @@ def test_two_launches_a_step_that_a_device_counts(case: Case) -> None:
     assert plan.launches == 1 + chains * (2 if case.id == "ranger-undegenerate" else 1)
     assert made[-1] is made[-2] is made[-3]
     assert getattr(plan, "_serves", True), "where it is there, the compiled plan does the host's work"
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_states_are_let_go_when_others_are_loaded() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = fastopt.RAdam([p], capturable=True, backend="triton")
+    p.grad = torch.ones(4)
+    optimizer.step()
+    old = weakref.ref(optimizer.state[p]["exp_avg"])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_a_counter_elsewhere_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = fastopt.RAdam([p], capturable=True, backend="triton")
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.state[p]["step"] = torch.ones((), device="meta")
+    with pytest.raises(ValueError, match="'step' of a parameter of group 0 is on meta, it on cpu"):
+        optimizer.step()
 
 
 needs_extension = pytest.mark.skipif(native.extension() is None, reason="the other side is the extension's plan")

@@ -270,6 +270,7 @@ class TritonPlan(Launcher):
         self._grads: list[Tensor] = []
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
+        self._rows.clear()  # they know the tables and, through these, states
         self._params = [p for group in groups for p in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
         settings = self._settings.of(groups)
@@ -518,12 +519,17 @@ def _entry(p: Tensor, group: int, setting: Setting, state: Mapping[str, Any], ro
     )
     if len(tensors) < len(setting.slots) or len(counters) < len(setting.rule.counters):
         return None
+    local = routing.within(p)
     for key, counter in zip(setting.rule.counters, counters, strict=True):
         if counter.numel() != 1:
             raise ValueError(
                 f"state {key!r} of a parameter of group {group} has {counter.numel()} elements; a counter has one"
             )
-    local = routing.within(p)
+        if counter.device.type != "cpu" and counter.device != local.device:
+            raise ValueError(
+                f"state {key!r} of a parameter of group {group} is on {counter.device}, it on {local.device}; "
+                "a counter is on the CPU or where its parameter is"
+            )
     strides = (local if p.grad is None else routing.within(p.grad)).stride()
     return Entry(p, local, group, tensors, counters, strides, local.numel() // rows if rows else 0, fresh)
 

@@ -60,6 +60,7 @@ class CompiledPlan(TritonPlan):
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
         super().build(groups, state, takes, rows, fresh)
+        self._parts = []
         on_device = [segment for segments in self._segments for segment in segments if segment.on_device]
         self._counted = bool(on_device)
         counts = all(segment.entries[0].counters for segment in on_device)
