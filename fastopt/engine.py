@@ -132,7 +132,7 @@ class Engine:
         alone = len(self._plans) == 1 and not (self._torch or self._fresh or self._redistributes)
         if self.whole_step is None and alone:
             (plan,) = self._plans.values()
-            self.whole_step = plan.whole_step if isinstance(plan, native.Plan) else None
+            self.whole_step = getattr(plan, "whole_step", None)
         return True
 
     def _place_gradients(self) -> None:

@@ -40,6 +40,7 @@ INTERPRETED = {
     "the kernels": ("tests/interpreted.py", "-k", "of_kernels"),
     "the rest": ("tests/interpreted.py", "-k", "not test_fp32 and not of_kernels"),
     "live changes": ("tests/test_live.py", "-k", "triton"),
+    "whole steps": ("tests/test_whole_step.py", "-k", "not every_rule and not counted_once"),
     "rows of kernels": ("tests/interpreted_rows.py", "-k", "rows_made"),
     "counted steps": ("tests/interpreted_rows.py", "-k", "not rows_made"),
 }
@@ -64,7 +65,7 @@ COMPILED = "" if backends.available("native") else "the compiled extension is no
         *(
             pytest.param(part, "python", id=f"{name}-python")
             for name, part in INTERPRETED.items()
-            if COMPILED or name not in ALIKE
+            if name != "whole steps" and (COMPILED or name not in ALIKE)
         ),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.optim.optimizer as torch_optimizer
-from cases import CASES, Case, backends, by_id, parametrize_cases
+from cases import BACKENDS, CASES, Case, backends, by_id, parametrize_cases
 from harness import difference
 from torch.optim import Optimizer
 
@@ -24,7 +24,7 @@ from fastopt.rule import Hyper, Number, Settings
 SIZES = (33, 1, 0, 64, 5)
 
 
-@pytest.fixture(autouse=True, params=backends(("native", "emulated")))
+@pytest.fixture(autouse=True, params=backends(("triton",) if BACKENDS == ("triton",) else ("native", "emulated")))
 def compiled(request: pytest.FixtureRequest) -> str:
     """On the host and on a device, which is told the same in another way."""
     Twins.backend = request.param

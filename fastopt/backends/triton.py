@@ -270,7 +270,8 @@ class TritonPlan(Launcher):
         self._grads: list[Tensor] = []
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
-        self._rows.clear()  # they know the tables and, through these, states
+        self._rows.clear()  # these two know the tables and, through them, states
+        self._ready.clear()
         self._params = [p for group in groups for p in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
         settings = self._settings.of(groups)

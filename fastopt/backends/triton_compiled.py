@@ -13,6 +13,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
 
 _MULTIPLES = bytes(range(0, 256, 16))
 """The last bytes that an address has at a multiple of 16."""
+_CALLED = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+_GIVEN = {"grad_scale", "found_inf", "_drive"}
+"""What an optimizer has in its ``__dict__`` when a step is more than the plan's work (csrc/plan_names.h)."""
 ENABLED = True
 """For tests of the plan that needs no extension."""
 
@@ -70,17 +74,32 @@ class CompiledPlan(TritonPlan):
             return
         self._core.build(groups, state, takes, rows, fresh)
         taken = [p for group, own in zip(groups, takes, strict=True) for p, yes in _pairs(group, own) if yes]
-        self._on = list(dict.fromkeys(routing.within(p).device for p in taken))
-        """In the order in which the compiled plan met them."""
-        for k, device in enumerate(self._on):
-            entries = (entry for bucket in self._of(device) for entry in bucket.entries)
+        self._on = {device: self._of(device) for device in dict.fromkeys(routing.within(p).device for p in taken)}
+        """In the order in which the compiled plan met them; of each, the buckets and where their entries begin."""
+        for k, (device, buckets) in enumerate(self._on.items()):
+            entries = (entry for bucket, _ in buckets for entry in bucket.entries)
             places = {id(entry.owner): place for place, entry in enumerate(entries)}
             own = [p for p in taken if routing.within(p).device == device]
             waiting = iter(range(len(places), len(own)))  # without state: behind the others
             self._core.arrange(k, [places[id(p)] if id(p) in places else next(waiting) for p in own])
 
-    def _of(self, device: torch.device) -> list[Bucket]:
-        return [bucket for bucket in self._buckets if bucket.key.device == device]
+    def _of(self, device: torch.device) -> list[tuple[Bucket, int]]:
+        buckets = [bucket for bucket in self._buckets if bucket.key.device == device]
+        ends = accumulate(len(bucket.entries) for bucket in buckets)
+        return list(zip(buckets, [0, *ends], strict=False))
+
+    @property
+    def whole_step(self) -> Callable[[dict[str, Any]], bool] | None:
+        """As `native.Plan.whole_step`."""
+        return self._step_alone if self._serves else None
+
+    def _step_alone(self, optimizer: dict[str, Any]) -> bool:
+        if any(map(optimizer.get, _CALLED)) or not _GIVEN.isdisjoint(optimizer):
+            return False
+        if not self.gather(optimizer["param_groups"], optimizer["state"], None):
+            return False
+        self.launch()
+        return True
 
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         if not self._serves:
@@ -95,7 +114,6 @@ class CompiledPlan(TritonPlan):
             ]
         return True
 
-    @torch.no_grad()
     def launch(self, amp: Amp = NONE) -> None:
         if not self._serves:
             return super().launch(amp)
@@ -106,7 +124,8 @@ class CompiledPlan(TritonPlan):
                 gradients, taken = self._core.taken(k)
                 self._run_taken(device, gradients, taken, Scaler(amp, device))
         self._core.launch([(0, 0, 0)] * len(self._on))
-        torch.autograd.graph.increment_version(scaled)
+        if scaled:
+            torch.autograd.graph.increment_version(scaled)
         return None
 
     def _scaled(self) -> list[Tensor]:
@@ -130,37 +149,33 @@ class CompiledPlan(TritonPlan):
             (_chain(chain), first_slot, numbers, block.add(f32), block.add(f64))
             for chain, first_slot, numbers, f32, f64 in taken
         ]
-        launches, begin = [], 0
-        for bucket in self._of(device):
+        launches = []
+        for bucket, begin in self._on[device]:
             end = begin + len(bucket.entries)
             for chain, first_slot, numbers, f32_at, f64_at in parts:
                 for aligned, own in _by_alignment(bucket, gradients[8 * begin : 8 * end], numbers[4 * begin : 4 * end]):
-                    values_at = f64_at if bucket.key.compute == torch.float64 else f32_at
-                    launches.append((bucket, chain, first_slot, aligned, begin, block.add(own), values_at))
-            begin = end
+                    values_at = f64_at // 8 if bucket.key.compute == torch.float64 else f32_at // 4
+                    launches.append((bucket, chain, first_slot, aligned, begin, block.add(own) // 4, values_at))
         sent = self._send(device, block)
         for bucket, chain, first_slot, aligned, begin, numbers_at, values_at in launches:
             bucket.lend()
-            grads, rows = Addressed(sent.long, grads_at // 8 + begin), Addressed(sent.int, numbers_at // 4)
-            wide = bucket.key.compute == torch.float64
-            values = Addressed(sent.float64, values_at // 8) if wide else Addressed(sent.float32, values_at // 4)
-            self._start(bucket, chain, first_slot, aligned, grads, rows, values, scaler)
+            values = sent.values(bucket.key.compute)
+            grads, rows = Addressed(sent.long, grads_at // 8 + begin), Addressed(sent.int, numbers_at)
+            self._start(bucket, chain, first_slot, aligned, grads, rows, Addressed(values, values_at), scaler)
         if counted is not None:
             self._start_counted(device, counted, sent, scaler)
 
     def _jobs(self, device: torch.device, gradients: bytes) -> list[Job]:
         """What a step does to the buckets of a device whose steps are counted there."""
-        jobs, begin = [], 0
-        for bucket, parts in zip(self._buckets, self._parts, strict=True):
-            if bucket.key.device != device:
-                continue
+        jobs = []
+        for bucket, begin in self._on[device]:
             own = gradients[8 * begin : 8 * (begin + len(bucket.entries))]
+            parts = self._parts[self._buckets.index(bucket)]
             taken = [part for part in parts if part.asked or own[8 * part.begin : 8 * part.end].strip(b"\0")]
             if taken:
                 bucket.lend()
                 aligned = bucket.key.aligned and not own[::8].translate(None, _MULTIPLES)
                 jobs.append(Job(bucket, aligned, 0 not in array("q", own), begin, taken))
-            begin += len(bucket.entries)
         return jobs
 
 

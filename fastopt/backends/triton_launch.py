@@ -5,6 +5,7 @@ Triton is imported by the first function that needs it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,36 @@ class Block:
         return at
 
 
+class Ready:
+    """A kernel as it is started again and again, with the same constants, on the same device.
+
+    Triton looks at every argument of a launch to find out which compiled kernel it needs (24 µs of Python where the
+    rest of a launch takes 3, with Triton 3.6 and all caches warm). That depends on types and constants, which are the
+    same here, on which tensors are None, and on whether memory begins at a multiple of 16, which all from torch's
+    allocator does that is not said otherwise. So what the first launch has found is started directly from then on.
+    """
+
+    def __init__(self, name: str, device: torch.device, kernel: Any, constants: tuple[Any, ...], warps: int) -> None:
+        self._where = f"the Triton kernel {name} failed on {device}"
+        self._kernel, self._constants, self._warps = kernel, constants, warps
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+
+    def start(self, programs: int, *arguments: Any) -> None:
+        """Arguments and constants are in the kernel's order."""
+        absent = tuple([argument is None for argument in arguments])
+        compiled = self._compiled.get(absent)
+        try:
+            if compiled is not None:
+                compiled[programs, 1, 1](*arguments, *self._constants)
+                return
+            # The interpreter compiles nothing, and gives None.
+            self._compiled[absent] = self._kernel[programs, 1, 1](
+                *arguments, *self._constants, num_warps=self._warps, **kernels.OPTIONS
+            )
+        except Exception as error:
+            raise RuntimeError(f"{self._where}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Counted:
     """What makes the rows of steps that a device counts, and where in the block its programs' work begins."""
@@ -76,6 +107,7 @@ class Launcher:
         self._channels: dict[torch.device, Channel] = {}
         self._buckets: list[Bucket] = []
         self._rows: dict[torch.device, Rows] = {}
+        self._ready: dict[Hashable, Ready] = {}
         self._captured: list[Any] = []  # what CUDA graphs read at every replay
         self.launches = 0
         """How many kernels the last step launched."""
@@ -114,14 +146,15 @@ class Launcher:
         memory = channel.scratch(made.size)
         if channel.capturing:
             self._captured.append(made.held)
-        try:
-            kernel = rows_made.kernel(tuple(made.variants))
-            kernel[(made.programs,)](
-                sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf, work_at // 8,
-                BLOCK=rows_made.BLOCK, WORK=rows_made.WORK, num_warps=1, **kernels.OPTIONS,
-            )  # fmt: skip
-        except Exception as error:
-            raise RuntimeError(f"the Triton kernel {rows_made.NAME} failed on {device}: {error}") from error
+        kernel = rows_made.kernel(tuple(made.variants))
+        ready = self._ready.get((device, kernel.fn))
+        if ready is None:
+            constants = rows_made.BLOCK, rows_made.WORK
+            ready = self._ready[device, kernel.fn] = Ready(rows_made.NAME, device, kernel, constants, 1)
+        ready.start(
+            made.programs, sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf,
+            work_at // 8,
+        )  # fmt: skip
         self.launches += 1
         return memory
 
@@ -138,34 +171,39 @@ class Launcher:
     ) -> None:
         if not bucket.programs:
             return
-        key, grid, types = bucket.key, (bucket.programs,), _types()
-        pulls = chain is PULL
-        shape = {
-            "ALIGNED": aligned,
-            "RANK": key.rank,
-            "WIDTH": bucket.width,
-            "CHUNK": bucket.chunk,
-            "BLOCK": bucket.tile.elements(key),
-            "num_warps": bucket.tile.warps,
-            **kernels.OPTIONS,
-        }
-        compute, gradient = types[key.compute], None if pulls else types[key.g]
-        states = [types[dtype] for dtype in key.states[first_slot : first_slot + len(chain.state)]]
+        ready = self._ready.get((bucket, chain, first_slot, aligned))
+        if ready is None:
+            ready = self._ready[bucket, chain, first_slot, aligned] = _ready(bucket, chain, first_slot, aligned)
         tables = bucket.table, bucket.items, grads.tensor, rows.tensor
-        try:
-            if key.mean == kernels.SPLIT and not pulls:
-                kernels.sums()[grid](
-                    *tables, bucket.partials, scaler.scale, grads.at, rows.at, compute, gradient, **shape
-                )
-                self.launches += 1
-            kernels.kernel(chain)[grid](
-                *tables, coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf,
-                grads.at, rows.at, coefficients.at, compute, types[key.p], gradient, *states,
-                FIRST=first_slot, MEAN=kernels.FLAT if pulls else key.mean, **shape,
-            )  # fmt: skip
-        except Exception as error:
-            raise RuntimeError(f"the Triton kernel {kernels.name(chain)} failed on {key.device}: {error}") from error
+        if bucket.key.mean == kernels.SPLIT and chain is not PULL:
+            summing = self._ready.get((bucket, aligned))
+            if summing is None:
+                summing = self._ready[bucket, aligned] = _summing(bucket, aligned)
+            summing.start(bucket.programs, *tables, bucket.partials, scaler.scale, grads.at, rows.at)
+            self.launches += 1
+        ready.start(
+            bucket.programs, *tables, coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf,
+            grads.at, rows.at, coefficients.at,
+        )  # fmt: skip
         self.launches += 1
+
+
+def _ready(bucket: Bucket, chain: Chain, first_slot: int, aligned: bool) -> Ready:
+    key, types, pulls = bucket.key, _types(), chain is PULL
+    states = [types[dtype] for dtype in key.states[first_slot : first_slot + len(chain.state)]]
+    constants = (
+        types[key.compute], types[key.p], None if pulls else types[key.g], *states, first_slot, aligned, key.rank,
+        bucket.width, kernels.FLAT if pulls else key.mean, bucket.chunk, bucket.tile.elements(key),
+    )  # fmt: skip
+    return Ready(kernels.name(chain), key.device, kernels.kernel(chain), constants, bucket.tile.warps)
+
+
+def _summing(bucket: Bucket, aligned: bool) -> Ready:
+    key, types = bucket.key, _types()
+    shape = aligned, key.rank, bucket.width, bucket.chunk, bucket.tile.elements(key)
+    return Ready(
+        "sum_slices", key.device, kernels.sums(), (types[key.compute], types[key.g], *shape), bucket.tile.warps
+    )
 
 
 @cache
