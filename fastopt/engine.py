@@ -19,9 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastopt import backends, routing
-from fastopt.backends import native, reference, triton_compiled
+from fastopt.backends import native, reference, triton
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton import TritonPlan
 from fastopt.plan import PythonPlan, check_state, mended_counters, missing_state
 from fastopt.rule import PULL, Rule, Setting, Settings
 
@@ -224,8 +223,7 @@ class Engine:
         if name in ("native", "emulated"):
             return native.make_plan(names, self.settings.of, emulate=name == "emulated")
         if name == "triton":
-            compiled = backends.available("native") and triton_compiled.ENABLED
-            return triton_compiled.CompiledPlan(self.settings.of, names) if compiled else TritonPlan(self.settings.of)
+            return triton.make_plan(names, self.settings.of)
         return PythonPlan(self.settings.of)
 
     def routes(self, optimizer: Optimizer) -> dict[int, Route]:

@@ -2,7 +2,7 @@
 
 Where steps are counted on a device, nobody else knows the step. A rule's formulas are then called with symbols, which
 answer arithmetic by noting it on their `Tape`, one line for each operation and none twice; a backend compiles the lines
-(backends/triton_rows.py). What a line may say is `+ - * /`, comparisons, ``&``, and calls of `FUNCTIONS`; everything is
+(backends/triton/rows.py). What a line may say is `+ - * /`, comparisons, ``&``, and calls of `FUNCTIONS`; everything is
 float64 or a truth value.
 
 Hyper-parameters become symbols too, so that their values are not part of the text. They still decide which formulas

@@ -110,7 +110,7 @@ class Counted:
                     found[k] = Taken(chain.name, table[number])
 
         with monkeypatch.context() as patch:
-            patch.setattr(triton.TritonPlan, "_start", read)
+            patch.setattr(triton.plan.TritonPlan, "_start", read)
             self.optimizer.step()
         return found
 

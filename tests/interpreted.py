@@ -21,7 +21,7 @@ from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signatu
 
 import fastopt
 from fastopt import rule
-from fastopt.backends import native, triton, triton_compiled, triton_tables
+from fastopt.backends import native, triton
 from fastopt.chain import Stage, stage, tl
 from fastopt.optimizers.base import Fused
 from fastopt.rule import Hyper, Number, Rule, Slot
@@ -104,7 +104,7 @@ def dtypes(*names: str) -> Any:
     return pytest.mark.parametrize("dtype", [DTYPES[name] for name in names], ids=names)
 
 
-@cases(CASES if triton_compiled.ENABLED or not native.extension() else STAGES)
+@cases(CASES if triton.compiled.ENABLED or not native.extension() else STAGES)
 def test_fp32(case: Case) -> None:
     """Ranger synchronises at step 6, where RAdam begins to rectify; the others soon do what they always do."""
     late = case.lookahead or case.name in ("RAdam", "Ranger")
@@ -252,7 +252,7 @@ def test_launches_of_one_step() -> None:
     def step() -> int:
         optimizer.step()
         plan = optimizer.engine()._plans["triton"]
-        assert isinstance(plan, triton.TritonPlan)
+        assert isinstance(plan, triton.plan.TritonPlan)
         return plan.launches
 
     for p in params:
@@ -300,14 +300,14 @@ def test_a_learning_rate_that_comes_to_be_a_tensor_is_read_at_every_step(monkeyp
 @pytest.mark.contract("device", backend="triton")
 def test_tables_of_a_captured_step_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replayed graph reads them, whatever the plan has been built for since."""
-    capturing, send = [False], triton_tables.Channel.send
+    capturing, send = [False], triton.tables.Channel.send
 
-    def recorded(self: triton_tables.Channel, block: bytes) -> triton_tables.Sent:
+    def recorded(self: triton.tables.Channel, block: bytes) -> triton.tables.Sent:
         sent = send(self, block)
         self.capturing = capturing[0]
         return sent
 
-    monkeypatch.setattr(triton_tables.Channel, "send", recorded)
+    monkeypatch.setattr(triton.tables.Channel, "send", recorded)
     p, q = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
     optimizer = fastopt.SGD([p], lr=1.0, momentum=0.9, backend="triton")
     p.grad, q.grad = torch.ones(8), torch.ones(8)

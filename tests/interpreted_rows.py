@@ -17,7 +17,7 @@ import test_device_steps as device_steps
 import torch
 from cases import Case, by_id
 from counted_rows import Counted
-from harness import Built, assert_same, trace
+from harness import Built, assert_same, place, trace
 from interpreted import SIZES, cases
 from test_device_steps import COUNTED, counted
 
@@ -126,6 +126,28 @@ def test_what_the_emulated_device_does_without_counters_too(monkeypatch: pytest.
     device_steps.test_momentum_that_met_an_overflow_first("triton")
     for dtype in (torch.float64, torch.int32, torch.int64):
         device_steps.test_counters_of_other_dtypes(dtype, "triton")
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_gradients_astray_have_a_launch_of_their_own() -> None:
+    """The others stay in the one with wide accesses."""
+
+    def run(backend: str, options: dict[str, Any]) -> tuple[list[torch.Tensor], Any]:
+        ps = [torch.nn.Parameter(torch.full((33,), 1.0 + i)) for i in range(40)]
+        optimizer = fastopt.RAdam(ps, lr=0.1, backend=backend, **options)
+        for step in range(3):
+            for i, p in enumerate(ps):
+                where = "offset1" if (i + step) % 3 == 0 else "contiguous"
+                p.grad = None if (i + step) % 7 == 0 else place(torch.full((33,), 0.25 * step - 0.5 + i), where)[0]
+            optimizer.step()
+        return ps, optimizer
+
+    ours, optimizer = run("triton", {"capturable": True})
+    plan: Any = optimizer.engine()._plans["triton"]
+    assert plan.launches == 3
+    assert sorted(start.aligned for start in plan._rows[ours[0].device]._made.starts) == [False, True]
+    for p, q in zip(ours, run("reference", {})[0], strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.usefixtures("_a_device")

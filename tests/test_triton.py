@@ -16,8 +16,8 @@ import torch
 
 import fastopt
 from fastopt import backends
-from fastopt.backends import triton, triton_kernels
-from fastopt.backends.triton_tables import Bucket, Channel, Entry, Tile, classify, coalesce, item_map
+from fastopt.backends import triton
+from fastopt.backends.triton.tables import Bucket, Channel, Entry, Tile, classify, coalesce, item_map
 
 HERE = pathlib.Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -202,7 +202,7 @@ def test_coalesced_dimensions_visit_the_same_memory() -> None:
 
 def test_every_element_is_in_one_item() -> None:
     tile = Tile(chunk=64, block=16, longest=100)
-    for mean, length in ((triton_kernels.FLAT, 0), (triton_kernels.ROWS, 100), (triton_kernels.SPLIT, 250)):
+    for mean, length in ((triton.kernels.FLAT, 0), (triton.kernels.ROWS, 100), (triton.kernels.SPLIT, 250)):
         shapes = [(n, max(1, length)) for n in (1, 3, 200)] if length else [(1,), (64,), (65,), (1000,)]
         entries = [entry(shape, length=length, tile=tile) for shape in shapes]
         assert {e.key.mean for e in entries} == {mean}
@@ -210,9 +210,9 @@ def test_every_element_is_in_one_item() -> None:
         seen = [torch.zeros(e.p.numel(), dtype=torch.int32) for e in entries]
         for which, part in bucket.items.tolist():
             n = entries[which].p.numel()
-            if mean == triton_kernels.FLAT:
+            if mean == triton.kernels.FLAT:
                 begin, end = part * 64, min(n, part * 64 + 64)
-            elif mean == triton_kernels.ROWS:
+            elif mean == triton.kernels.ROWS:
                 begin, end = part * 100, part * 100 + 100
             else:
                 row, chunk = divmod(part, 4)
@@ -226,7 +226,7 @@ def test_every_element_is_in_one_item() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("gradient", [None, (1, 8)])
 def test_every_thread_has_elements_of_its_own(dtype: torch.dtype, gradient: tuple[int, ...] | None) -> None:
-    tile = triton.TILE
+    tile = triton.tables.TILE
     assert tile.elements(entry(dtype=dtype, gradient=gradient).key) >= 32 * tile.warps
 
 
@@ -254,7 +254,7 @@ def test_table_rows() -> None:
     assert row == [flat[1].p.data_ptr(), flat[1].tensors[0].data_ptr(), 0, 0, 0, 9000, 0, 1]
     walked = entry((3, 4), strides=(8, 1), gradient=(4, 1))
     bucket = Bucket(walked.key, [walked], 0, tile)
-    assert bucket.table[0].tolist()[triton_kernels.SIZES :] == [4, 3, 1, 8, 1, 4, 1, 8]
+    assert bucket.table[0].tolist()[triton.kernels.SIZES :] == [4, 3, 1, 8, 1, 4, 1, 8]
     assert bucket.width == bucket.table.shape[1]
 
 
@@ -342,7 +342,7 @@ def steps_without_kernels(monkeypatch: pytest.MonkeyPatch, count: int, **kwargs:
     """An Adam whose launches are recorded instead of run."""
     launched: list[Any] = []
     monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
-    monkeypatch.setattr(triton.TritonPlan, "_start", lambda self, bucket, *rest: launched.append((bucket, *rest)))
+    monkeypatch.setattr(triton.plan.TritonPlan, "_start", lambda self, bucket, *rest: launched.append((bucket, *rest)))
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
     optimizer = fastopt.Adam(params, backend="triton", **kwargs)
     for p in params:
@@ -432,7 +432,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_tables_that_no_longer_fit_are_noticed(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
-    monkeypatch.setattr(triton.TritonPlan, "_start", lambda *args: None)
+    monkeypatch.setattr(triton.plan.TritonPlan, "_start", lambda *args: None)
     params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16)) for _ in range(3)]
     optimizer = fastopt.Adam(params, backend="triton")
     for p in params:

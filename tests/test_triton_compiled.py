@@ -28,7 +28,8 @@ from triton_chains import calls, chains
 
 import fastopt
 from fastopt import routing
-from fastopt.backends import native, reference, triton, triton_kernels, triton_rows, triton_tables
+from fastopt.backends import native, reference, triton
+from fastopt.backends.amp import NONE, Amp
 from fastopt.chain import Chain
 from fastopt.rule import PULL
 
@@ -102,7 +103,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Target:
     return target
 
 
-def bucket(chain: Chain, variant: Variant) -> triton_tables.Bucket:
+def bucket(chain: Chain, variant: Variant) -> triton.tables.Bucket:
     """Parameters of the wanted kind, one of them."""
     n, offset = 4 * 40_000 if variant.slices == "split" else 4 * 4096, 1 if variant.layout == "misaligned" else 0
     pg, s = variant.dtypes
@@ -116,20 +117,20 @@ def bucket(chain: Chain, variant: Variant) -> triton_tables.Bucket:
     first = 1 if chain is PULL else 0
     states = [tensor(s) for _ in range(first + len(chain.state))]
     p = tensor(pg)
-    entry = triton_tables.Entry(p, p, 0, states, [], p.stride(), length, False)
-    triton_tables.classify(entry, pg, triton.TILE)
-    return triton_tables.Bucket(entry.key, [entry], 0, triton.TILE)
+    entry = triton.tables.Entry(p, p, 0, states, [], p.stride(), length, False)
+    triton.tables.classify(entry, pg, triton.tables.TILE)
+    return triton.tables.Bucket(entry.key, [entry], 0, triton.tables.TILE)
 
 
 def compile_chain(chain: Chain, variant: Variant, target: Target) -> list[Any]:
     """The kernels of one launch."""
     target.capability, target.kernels = variant.capability, []
-    plan, b = triton.TritonPlan(lambda group: None), bucket(chain, variant)  # type: ignore[arg-type, return-value]
-    grads, rows = (triton.Addressed(torch.zeros(4, dtype=d), 1) for d in (torch.int64, torch.int32))
-    coefficients = triton.Addressed(torch.zeros(16, dtype=b.key.compute), 2)
-    amp = triton.Amp(torch.ones(()), torch.zeros(())) if variant.scaled else triton.NONE
+    plan, b = triton.plan.TritonPlan(lambda group: None), bucket(chain, variant)  # type: ignore[arg-type, return-value]
+    grads, rows = (triton.launch.Addressed(torch.zeros(4, dtype=d), 1) for d in (torch.int64, torch.int32))
+    coefficients = triton.launch.Addressed(torch.zeros(16, dtype=b.key.compute), 2)
+    amp = Amp(torch.ones(()), torch.zeros(())) if variant.scaled else NONE
     first_slot = 1 if chain is PULL else 0
-    scaler = triton._Scaler(amp, torch.device("cpu"))
+    scaler = triton.launch.Scaler(amp, torch.device("cpu"))
     plan._start(b, chain, first_slot, b.key.aligned, grads, rows, coefficients, scaler)
     return target.kernels
 
@@ -185,7 +186,7 @@ def check_copies(kernel: Any, variant: Variant) -> None:
     assert "tensor<16x" in kernel.asm["ttgir"] or variant.layout != "aligned"
 
 
-def check_accesses(chain: Chain, found: collections.Counter[str], b: triton_tables.Bucket, variant: Variant) -> None:
+def check_accesses(chain: Chain, found: collections.Counter[str], b: triton.tables.Bucket, variant: Variant) -> None:
     """Every access to a stream is 16 bytes wide, except those of the last few elements."""
     per_thread = b.tile.elements(b.key) // (32 * b.tile.warps)
     first = 1 if chain is PULL else 0
@@ -203,7 +204,7 @@ def check_accesses(chain: Chain, found: collections.Counter[str], b: triton_tabl
 
 
 def check_occupancy(
-    kernel: Any, b: triton_tables.Bucket, streams: list[torch.dtype], capability: int, tmp_path: Path
+    kernel: Any, b: triton.tables.Bucket, streams: list[torch.dtype], capability: int, tmp_path: Path
 ) -> None:
     """No spills, and enough loads in flight on an SM.
 
@@ -328,17 +329,17 @@ def test_no_value_recompiles(
     assert set(map(id, target.kernels)) == compiled
 
 
-def rows_kernel(case: Case, dtype: torch.dtype, target: Target) -> Any:
+def rows_kernel(case: Case, dtype: torch.dtype, target: Target, astray: bool = False) -> Any:
     """The kernel that makes the rows of a case whose steps a device counts, with all that a step may be asked."""
     params = [torch.nn.Parameter(torch.zeros(3, 4, dtype=dtype)) for _ in range(3)]
     optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], "triton", **counted(case))
     for p in params[1:]:
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros(13, dtype=dtype)[1:].view(3, 4) if astray else torch.zeros_like(p)
     found = []
     for _ in range(2):  # Lookahead counts its first step on the host
         target.kernels = []
         optimizer.step()
-        found = [kernel for kernel in target.kernels if triton_rows.NAME in kernel.name]
+        found = [kernel for kernel in target.kernels if triton.rows.NAME in kernel.name]
     (kernel,) = found
     return kernel
 
@@ -352,11 +353,15 @@ def test_rows_kernel(
     """IEEE arithmetic in float64, no spills; only within the power is there an approximation, of which it is made."""
     fake_gpu(monkeypatch)
     target.capability = capability
-    kernel = rows_kernel(case, dtype, target)
-    used = resources(kernel, tmp_path)
-    assert used["LOCAL"] == used["STACK"] == used["SHARED"] == 0
-    power, rest = split_power(kernel.asm["ptx"])
-    check_ieee(counts(rest))
+    texts = set()
+    for astray in (False, True):
+        kernel = rows_kernel(case, dtype, target, astray)
+        used = resources(kernel, tmp_path)
+        assert used["LOCAL"] == used["STACK"] == used["SHARED"] == 0
+        power, rest = split_power(kernel.asm["ptx"])
+        check_ieee(counts(rest))
+        texts.add(rest)
+    assert len(texts) == 2
     assert power or case.name in ("Adagrad", "RMSprop")
     # A first guess that is then improved, and a look at the exponent, which no subnormal number can mislead.
     check_ieee(counts(power) - collections.Counter({"rcp.approx.ftz.f64": 1, "abs.ftz.f32": 1}))
@@ -403,7 +408,7 @@ def test_an_edited_stage_is_another_kernel(tmp_path: Path, monkeypatch: pytest.M
     for k, form in enumerate(("buf + g", "buf - g", "buf + g")):
         (tmp_path / f"stages_{k}.py").write_text(STAGES.format(form=form), encoding="utf-8")
         chain = Chain((importlib.import_module(f"stages_{k}").edited,))
-        keys.append(triton_kernels.kernel(chain).cache_key)
+        keys.append(triton.kernels.kernel(chain).cache_key)
     assert keys[0] != keys[1]
     assert keys[0] == keys[2]
 
@@ -424,7 +429,7 @@ def test_stages_are_bound_and_not_rewritten() -> None:
     import inspect
 
     chain = chains()["scale+shrink+adam"]
-    kernel = triton_kernels.kernel(chain)
+    kernel = triton.kernels.kernel(chain)
     for stage in chain.stages:
         text = inspect.getsource(stage.function)
         assert text[text.index("def ") :] == kernel.__globals__[f"apply_{stage.name}"].src

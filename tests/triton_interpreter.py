@@ -21,12 +21,10 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 from triton.runtime import interpreter
 
-from fastopt.backends import triton as backend
-from fastopt.backends import triton_compiled
 from fastopt.backends.reference import exact_fma
-from fastopt.backends.triton_tables import Tile
+from fastopt.backends.triton import compiled, tables
 
-triton_compiled.ENABLED = os.environ.get("FASTOPT_TEST_PLAN") != "python"
+compiled.ENABLED = os.environ.get("FASTOPT_TEST_PLAN") != "python"
 
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -71,4 +69,4 @@ interpreter.InterpreterBuilder.create_fma = _fma
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter._patch_lang_tensor = _patch_tensor
 interpreter.InterpretedFunction.__call__ = _call
-backend.TILE = Tile(chunk=64, block=32, warps=1, longest=64)
+tables.TILE = tables.Tile(chunk=64, block=32, warps=1, longest=64)

@@ -43,9 +43,9 @@ def _shard(item: pytest.Item, count: int) -> int:
 @pytest.fixture(autouse=True)
 def _plans_take_turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton has two ways through the host: half of its tests get the one that needs no extension."""
-    from fastopt.backends import triton_compiled
+    from fastopt.backends.triton import compiled
 
-    monkeypatch.setattr(triton_compiled, "ENABLED", zlib.crc32(request.node.nodeid.encode()) % 2 == 0)
+    monkeypatch.setattr(compiled, "ENABLED", zlib.crc32(request.node.nodeid.encode()) % 2 == 0)
 
 
 @pytest.hookimpl(wrapper=True)

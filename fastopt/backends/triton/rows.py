@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import triton_kernels as kernels
-from fastopt.backends.triton_tables import Bucket, Entry
+from fastopt.backends.triton import kernels
+from fastopt.backends.triton.tables import Bucket, Entry
 from fastopt.chain import Chain, bind, tl
 from fastopt.rule import DUE, PULL, Formulas, Path, Setting
 
 BLOCK = 32
 """Parameters of a program: one warp, so that the few there are spread over the device."""
-WORK = 17
+WORK = 22
 """Numbers that a program is told: the variant that serves it, where its counters are, how many parameters it has, where
 in the block their gradients, the inputs of the formulas and the steps before are, the first one's row, and for each
-path of the formulas where whose row is whose goes, and the rows."""
+path of the formulas where the rows go, where the numbers of rows go, and where those of gradients that are astray."""
 NAME = "fastopt_rows"
 CLEAR = -1
 """The variant of parameters that none of a launch's rows is for."""
@@ -83,7 +83,7 @@ def {NAME}(
     if found_inf is not None:
         advances = mask & (tl.load(found_inf + tl.zeros_like(k)) == 0)
     if variant == {CLEAR}:
-        tl.store(rows + tl.load(at + 7) + k, tl.full([BLOCK], -1, tl.int32), mask)
+        tl.store(rows + tl.load(at + 8) + k, tl.full([BLOCK], -1, tl.int32), mask)
 """
 
 _CALL = """\
@@ -93,7 +93,8 @@ _CALL = """\
 
 _VARIANT = """\
 def variant(at, k, mask, advances, block, doubles, rows, singles, wides):
-    stepped = mask & (tl.load(block + tl.load(at + 3) + k, mask, 0) != 0)
+    gradient = tl.load(block + tl.load(at + 3) + k, mask, 0)
+    stepped = mask & (gradient != 0)
     inputs = tl.load(at + 4) + tl.zeros_like(k)
     {before}
     {lines}
@@ -104,9 +105,16 @@ def variant(at, k, mask, advances, block, doubles, rows, singles, wides):
 
 @cache
 def source(
-    formulas: Formulas, inputs: tuple[torch.dtype | None, ...], counters: tuple[torch.dtype, ...], compute: torch.dtype
+    formulas: Formulas,
+    inputs: tuple[torch.dtype | None, ...],
+    counters: tuple[torch.dtype, ...],
+    compute: torch.dtype,
+    astray: bool,
 ) -> str:
-    """The text of a variant: what makes the rows of one setting's parameters. `inputs`: which are in tensors, of what.
+    """The text of a variant: what makes the rows of one setting's parameters.
+
+    `inputs` says which are in tensors, of what dtype; `astray`, whether there are gradients that do not begin at a
+    multiple of 16 bytes, for which there are launches of their own.
 
     Each thread reads its parameter's counters, follows the formulas, and writes the row of the path that is taken. What
     is the same for all is read by all: Triton's interpreter cannot join a truth value of one with those of many.
@@ -131,13 +139,17 @@ def source(
         before.append(f"{name} = {read}")
     narrow, into = ("", "wides") if compute == torch.float64 else (".to(tl.float32)", "singles")
     stores = []
+    who = [("active & (gradient % 16 == 0)", 1), ("active & (gradient % 16 != 0)", 2)] if astray else [("active", 1)]
     for j, path in enumerate(formulas.paths):
-        to = 7 + 2 * j
+        to = 7 + 3 * j
         stores += [
             f"active = mask & {path.active}",
-            f"tl.store(rows + tl.load(at + {to}) + k, tl.where(active, first + k, -1), mask)",
-            f"row = {into} + tl.load(at + {to + 1}) + k * {len(path.values)}",
+            f"row = {into} + tl.load(at + {to}) + k * {len(path.values)}",
             *(f"tl.store(row + {i}, ({value}){narrow}, active)" for i, value in enumerate(path.values)),
+            *(
+                f"tl.store(rows + tl.load(at + {to + i}) + k, tl.where({taker}, first + k, -1), mask)"
+                for taker, i in who
+            ),
         ]
     lines = [f"{name} = {text}" for name, text in formulas.lines]
     parts = {"before": before, "lines": lines or ["pass"], "stores": [*stores, *after]}
@@ -221,25 +233,27 @@ class Job:
     """The parts of one bucket, and where in the block the addresses of its gradients begin."""
 
     bucket: Bucket
-    aligned: bool
+    astray: bool
+    """Whether gradients do not begin at multiples of 16 bytes, where everything else does."""
     complete: bool
     """Whether no gradient is missing."""
     grads_at: int
     parts: list[Part]
 
     def known(self) -> tuple[Any, ...]:
-        return self.bucket, self.aligned, self.complete, self.grads_at, [part.known() for part in self.parts]
+        return self.bucket, self.astray, self.complete, self.grads_at, [part.known() for part in self.parts]
 
 
 @dataclass
 class Start:
-    """A launch that reads rows made here: of which bucket and chain, and where its rows' numbers and they are."""
+    """A launch that reads rows made here: of which bucket and chain, and where its rows and their numbers are."""
 
     job: Job
     chain: Chain
     first_slot: int
-    rows_at: int
+    aligned: bool
     values_at: int
+    rows_at: int
 
 
 @dataclass
@@ -275,55 +289,64 @@ def make(jobs: Sequence[Job], base: int) -> Made:
     made = Made()
     at = base
     for job in jobs:
-        starts: dict[Chain, Start] = {}
+        starts: dict[Chain, list[Start]] = {}
         for part in job.parts:
             formulas = part.formulas
             for path in formulas.paths:
                 if path.chain not in starts:
-                    starts[path.chain] = _start(made, job, path)
+                    starts[path.chain] = _starts(made, job, path)
             inputs = part.inputs(job.bucket.key.device)
             made.held += [value for value in inputs if isinstance(value, Tensor)]
             made.copied |= part.elsewhere(job.bucket.key.device)
             before = [] if part.counters else [0.0 if entry.fresh else 1.0 for entry in part.entries]
             made.inputs.append(_packed([*inputs, *before]))
             held = tuple(value.dtype if isinstance(value, Tensor) else None for value in inputs)
-            text = source(formulas, held, part.counters, job.bucket.key.compute)
+            text = source(formulas, held, part.counters, job.bucket.key.compute, job.astray)
             places = [starts[path.chain] for path in formulas.paths]
             _deal(made, job, part, made.variant(text), at, at + len(inputs), places)
             at += len(inputs) + len(before)
-        for start in starts.values():
-            _clear(made, job, start)
-        made.starts += [start for chain, start in starts.items() if not (chain is PULL and job.complete)]
+        for chain, own in starts.items():
+            _clear(made, job, own)
+            made.starts += [] if chain is PULL and job.complete else own
     return made
 
 
-def _start(made: Made, job: Job, path: Path) -> Start:
-    n, size = len(job.bucket.entries), job.bucket.key.compute.itemsize
-    rows_at, values_at = made.room(4 * n), made.room(n * len(path.values) * size)
-    return Start(job, path.chain, path.first_slot, rows_at // 4, values_at // size)
+def _starts(made: Made, job: Job, path: Path) -> list[Start]:
+    """The launches of a chain: one, or beside it one for gradients that are astray."""
+    n, size, aligned = len(job.bucket.entries), job.bucket.key.compute.itemsize, job.bucket.key.aligned
+    values_at = made.room(n * len(path.values) * size) // size
+    return [
+        Start(job, path.chain, path.first_slot, well, values_at, made.room(4 * n) // 4)
+        for well in ((True, False) if job.astray else (aligned,))
+    ]
 
 
-def _deal(made: Made, job: Job, part: Part, variant: int, inputs_at: int, before_at: int, places: list[Start]) -> None:
+def _deal(
+    made: Made, job: Job, part: Part, variant: int, inputs_at: int, before_at: int, places: list[list[Start]]
+) -> None:
     """Programs that serve a part."""
     counters = job.bucket.counters
     for first in range(part.begin, part.end, BLOCK):
         where = 0 if counters is None else counters.data_ptr() + 8 * first * counters.shape[1]
         work = [variant, where, min(part.end - first, BLOCK), job.grads_at + first, inputs_at,
                 before_at + first - part.begin, first]  # fmt: skip
-        for start in places:
-            work += [start.rows_at + first, start.values_at + first * len(start.chain.coefficients)]
+        for well, *astray in places:
+            values_at = well.values_at + first * len(well.chain.coefficients)
+            work += [values_at, well.rows_at + first, astray[0].rows_at + first if astray else 0]
         made.work.extend(work + [0] * (WORK - len(work)))
 
 
-def _clear(made: Made, job: Job, start: Start) -> None:
-    """Programs for the parameters to which a launch does nothing: no part of theirs has such a path."""
-    taken = sorted((p.begin, p.end) for p in job.parts if any(x.chain is start.chain for x in p.formulas.paths))
+def _clear(made: Made, job: Job, starts: list[Start]) -> None:
+    """Programs for the parameters to which a chain does nothing: no part of theirs has such a path."""
+    chain = starts[0].chain
+    taken = sorted((p.begin, p.end) for p in job.parts if any(x.chain is chain for x in p.formulas.paths))
     ends = [0, *(end for _, end in taken)]
     begins = [*(begin for begin, _ in taken), len(job.bucket.entries)]
     for begin, end in zip(ends, begins, strict=True):
         for first in range(begin, end, BLOCK):
-            work = [CLEAR, 0, min(end - first, BLOCK), 0, 0, 0, 0, start.rows_at + first]
-            made.work.extend(work + [0] * (WORK - len(work)))
+            for start in starts:
+                work = [CLEAR, 0, min(end - first, BLOCK), 0, 0, 0, 0, 0, start.rows_at + first]
+                made.work.extend(work + [0] * (WORK - len(work)))
 
 
 def _packed(inputs: Sequence[float | Tensor]) -> bytes:

@@ -22,10 +22,10 @@ from torch import Tensor
 from fastopt import routing
 from fastopt.backends import native
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton import TritonPlan
-from fastopt.backends.triton_launch import Addressed, Block, Scaler, current
-from fastopt.backends.triton_rows import Job, Part
-from fastopt.backends.triton_tables import Bucket, Tile
+from fastopt.backends.triton.launch import Addressed, Block, Scaler, current
+from fastopt.backends.triton.plan import TritonPlan
+from fastopt.backends.triton.rows import Job, Part
+from fastopt.backends.triton.tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
 
@@ -174,8 +174,8 @@ class CompiledPlan(TritonPlan):
             taken = [part for part in parts if part.asked or own[8 * part.begin : 8 * part.end].strip(b"\0")]
             if taken:
                 bucket.lend()
-                aligned = bucket.key.aligned and not own[::8].translate(None, _MULTIPLES)
-                jobs.append(Job(bucket, aligned, 0 not in array("q", own), begin, taken))
+                astray = bucket.key.aligned and bool(own[::8].translate(None, _MULTIPLES))
+                jobs.append(Job(bucket, astray, 0 not in array("q", own), begin, taken))
         return jobs
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import triton_kernels as kernels
+from fastopt.backends.triton import kernels
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Tile:
         if key.rank:
             return max(16, self.block // 4)
         return max(16, self.block // 2) if key.p == torch.float64 else self.block
+
+
+TILE = Tile()
+"""The shape of every launch of plans made from now on."""
 
 
 @dataclass(frozen=True)

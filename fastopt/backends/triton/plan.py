@@ -1,23 +1,18 @@
-"""The Triton backend: every chain on a GPU without a compiler, in one launch per device, chain and mix of dtypes.
+"""The plan of a Triton optimizer, in Python: what is checked and collected in every step, and what is sent.
 
-Works without the compiled extension. `TritonPlan` answers to the calls of ``_C.Plan`` (build, gather, launch): `build`
-sorts the parameters into buckets and makes their tables (triton_tables.py), `gather` compares what is *now* in
-param_groups, state and ``.grad`` with what the tables say, and `launch` sends one block of bytes and starts the kernels
-(triton_kernels.py). Tensors that are not dense, or whose gradient lies otherwise than they do, go through a strided
-variant of the same kernel.
-
-Triton is imported by the first function that needs it: without it this backend is missing, and nothing else.
+`TritonPlan` answers to the calls of ``_C.Plan`` (build, gather, launch): `build` sorts the parameters into buckets and
+makes their tables, `gather` compares what is *now* in param_groups, state and ``.grad`` with what the tables say, and
+`launch` sends one block of bytes and starts the kernels. Tensors that are not dense, or whose gradient lies otherwise
+than they do, go through a strided variant of the same kernel.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
 from itertools import chain as concatenated
 from operator import attrgetter, eq, is_, methodcaller, or_
 from typing import Any
@@ -27,63 +22,12 @@ from torch import Tensor
 
 from fastopt import routing
 from fastopt.backends.amp import NONE, Amp
-from fastopt.backends.triton_launch import Addressed, Block, Launcher, current
-from fastopt.backends.triton_launch import Scaler as _Scaler
-from fastopt.backends.triton_rows import Due, Job, Part
-from fastopt.backends.triton_tables import Bucket, Entry, Key, Tile, classify
+from fastopt.backends.triton import tables
+from fastopt.backends.triton.launch import Addressed, Block, Launcher, Scaler, current
+from fastopt.backends.triton.rows import Due, Job, Part
+from fastopt.backends.triton.tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
 from fastopt.rule import FLAGS, Counts, Flags, Groups, Row, Setting, State
-
-OLDEST = (3, 6)
-TILE = Tile()
-"""The shape of every launch of plans made from now on."""
-
-
-def why_not(device: str = "cpu") -> str:
-    """Why Triton cannot serve a device type; on the CPU only its interpreter can, for tests."""
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    if device == "cpu" and not interpreting:
-        return "Triton compiles for GPUs (its interpreter runs on a CPU, for tests: set TRITON_INTERPRET=1)"
-    if device not in ("cpu", "cuda"):
-        return f"the Triton backend has no {device} kernels"
-    if device == "cuda" and interpreting:
-        return "TRITON_INTERPRET=1 is set, which runs Triton's kernels on the CPU: unset it"
-    return _why_not_triton() or (_why_not_cuda() if device == "cuda" else _why_not_interpreter())
-
-
-@cache
-def _why_not_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: `pip install triton` (it comes with CUDA builds of torch for Linux)"
-    try:
-        import triton
-    except Exception as error:  # a broken installation can raise anything
-        return f"Triton does not load ({type(error).__name__}: {error}): reinstall it"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
-        return f"Triton {triton.__version__} is too old: `pip install 'triton>={'.'.join(map(str, OLDEST))}'`"
-    return ""
-
-
-def _why_not_interpreter() -> str:
-    import triton.language
-
-    if type(triton.language.cdiv).__name__ != "InterpretedFunction":
-        return "TRITON_INTERPRET=1 was set after Triton was imported: set it before"
-    return ""
-
-
-@cache
-def _why_not_cuda() -> str:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.version.hip:
-        return "the Triton backend was never run on ROCm"
-    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
-    if old:
-        return f"CUDA device {old[0]} ({torch.cuda.get_device_name(old[0])}) is older than compute capability 8.0"
-    return ""
-
 
 _COUNTERS: dict[torch.dtype, Any] = {
     torch.float32: ctypes.c_float,
@@ -194,8 +138,7 @@ class Work:
         return found
 
     def job(self, grads_at: int) -> Job:
-        aligned = self.bucket.key.aligned and self.misaligned is None
-        return Job(self.bucket, aligned, self.present is None, grads_at, self.on_device)
+        return Job(self.bucket, self.misaligned is not None, self.present is None, grads_at, self.on_device)
 
     def has(self, k: int) -> bool:
         return self.present is None or self.present[k]
@@ -261,7 +204,7 @@ class TritonPlan(Launcher):
     def __init__(self, setting_of: Callable[[Mapping[str, Any]], Setting], tile: Tile | None = None) -> None:
         super().__init__()
         self._settings = GroupSettings(setting_of)
-        self._tile = tile or TILE
+        self._tile = tile or tables.TILE
         self._memo: dict[tuple[Any, ...], Row] = {}
         self._params: list[Tensor] = []
         self._work: list[Work] = []
@@ -473,7 +416,7 @@ class TritonPlan(Launcher):
             devices.setdefault(work.bucket.key.device, []).append(work)
         for device, works in devices.items():
             with current(device):
-                self._run(device, works, _Scaler(amp, device))
+                self._run(device, works, Scaler(amp, device))
         for counters, value in self._updates:
             for counter in counters:
                 counter.value = value
@@ -483,7 +426,7 @@ class TritonPlan(Launcher):
         torch.autograd.graph.increment_version(self._written)
         self._work, self._updates, self._written, self._grads = [], [], [], []
 
-    def _run(self, device: torch.device, works: list[Work], scaler: _Scaler) -> None:
+    def _run(self, device: torch.device, works: list[Work], scaler: Scaler) -> None:
         block = Block()
         grads = [block.add(array("q", work.pointers).tobytes()) // 8 for work in works]
         jobs = [work.job(at) for work, at in zip(works, grads, strict=True) if work.on_device]

@@ -299,7 +299,7 @@ def language() -> ModuleType:
     """Triton's language with `div_rn` and `sqrt_rn` for both types; a module, since Triton accepts only those."""
     import triton.language
 
-    module = ModuleType("fastopt.backends.triton_language")
+    module = ModuleType("fastopt.backends.triton.language")
     vars(module).update(
         __getattr__=lambda name: getattr(triton.language, name),
         div_rn=bind(divide, triton.language, wrap=_jit),

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt.backends import triton_kernels as kernels
-from fastopt.backends import triton_rows as rows_made
 from fastopt.backends.amp import Amp
-from fastopt.backends.triton_rows import Job, Made, Rows
-from fastopt.backends.triton_tables import Bucket, Channel, Sent
+from fastopt.backends.triton import kernels
+from fastopt.backends.triton import rows as rows_made
+from fastopt.backends.triton.rows import Job, Made, Rows
+from fastopt.backends.triton.tables import Bucket, Channel, Sent
 from fastopt.chain import Chain
 from fastopt.rule import PULL
 
@@ -136,7 +136,7 @@ class Launcher:
         for start in counted.made.starts:
             job, values = start.job, memory.values(start.job.bucket.key.compute)
             self._start(
-                job.bucket, start.chain, start.first_slot, job.aligned,
+                job.bucket, start.chain, start.first_slot, start.aligned,
                 Addressed(sent.long, job.grads_at), Addressed(memory.int, start.rows_at),
                 Addressed(values, start.values_at), scaler,
             )  # fmt: skip
