@@ -256,6 +256,11 @@ class Engine:
         chosen = backends.choose(p.device.type, self.asked)
         if chosen is None:
             return Route(rest, backends.why_not("native", p.device.type))
+        if chosen == "native" and self.asked is None and (reason := native.lacks(setting, p.device.type)):
+            # Not to torch's code: what it does is another rule.
+            if p.device.type != "cuda" or not backends.available("triton", "cuda"):
+                return Route("reference", reason)
+            chosen = "triton"
         device = chosen != "reference" and (chosen, p.device.type) != ("native", "cpu")
         if device and p.dim() > routing.MOST_DIMS:
             return Route(rest, f"{p.dim()} dimensions; the kernels of a device take up to {routing.MOST_DIMS}")

@@ -352,6 +352,7 @@ class Setting:
         value: float | Tensor = getattr(self.h, name.removeprefix(HYPER))
         return value
 
+    @cached_property
     def chains(self) -> list[Chain | None]:
         """Of an update, one that ends at the slow weights, a step that waits, one that ends there too, and `PULL`; None
         where there is none."""
@@ -376,7 +377,7 @@ class Setting:
             alpha=float(rule.alpha(h)),
             period=float(rule.period(h)),
             hyper=tuple(value if isinstance(value, Tensor) else float(value) for value in hyper.values()),
-            chains=tuple(-1 if chain is None else self._index(chain) for chain in self.chains()),
+            chains=tuple(-1 if chain is None else self._index(chain) for chain in self.chains),
         )
 
 

@@ -24,6 +24,9 @@ from test_device_steps import COUNTED, counted
 import fastopt
 from fastopt import routing
 from fastopt.backends import native
+from fastopt.chain import Stage, stage, tl
+from fastopt.optimizers.base import Fused
+from fastopt.rule import Hyper, Number, Rule, Slot, select
 
 pytestmark = pytest.mark.contract("device", backend="triton")
 
@@ -168,3 +171,46 @@ def test_settings_of_many_kinds_in_one_launch() -> None:
 
     for p, q in zip(run("triton", {"capturable": True}), run("reference", {}), strict=True):
         assert torch.equal(p, q)
+
+
+@stage("m v")
+def shaken_off(p, g, m, v, w1, w2, bc2, eps, step_size):  # type: ignore[no-untyped-def]
+    m = tl.fma(w1, g - m, m)
+    v = tl.fma(w2 * (g - m), g - m, v)
+    p = p - tl.div_rn(step_size * m, tl.sqrt_rn(tl.div_rn(v, bc2)) + eps)
+    return p, g, m, v
+
+
+class ShakenOffRule(Rule):
+    hyper = ("lr", "betas", "eps")
+
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
+        return (shaken_off,)
+
+    def slots(self, h: Hyper) -> dict[str, Slot]:
+        return {"m": Slot("m"), "v": Slot("v")}
+
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
+        warm = select(t > 3, lambda: 1.0 - 0.5 / t, 0.25)
+        return shaken_off.row(w1=1 - h.beta1, w2=1 - h.beta2, bc2=1 - h.beta2**t, eps=h.eps, step_size=h.lr * warm)
+
+
+class ShakenOff(Fused, torch.optim.Optimizer):
+    rule = ShakenOffRule()
+
+    def __init__(self, params: Any, capturable: bool = False, *, backend: str | None = None) -> None:
+        defaults = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-8, "capturable": capturable}
+        super().__init__(params, defaults, backend=backend)
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_a_rule_of_ones_own_is_counted_on_the_device_too() -> None:
+    """Its formulas, written once in Python, are the kernel that makes its rows."""
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 20)) for _ in range(2))
+    on_device, on_host = ShakenOff([ours], capturable=True, backend="triton"), ShakenOff([theirs], backend="reference")
+    for step in range(6):
+        for p, optimizer in ((ours, on_device), (theirs, on_host)):
+            p.grad = torch.cos(torch.arange(20.0) + step)
+            optimizer.step()
+        assert torch.equal(ours, theirs)
+    assert on_device.state[ours]["step"].item() == 6

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastopt.backends.amp import Amp
 from fastopt.chain import Chain
+from fastopt.rule import Setting
 
 Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
 """Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""
@@ -116,6 +117,17 @@ def chain_index(chain: Chain) -> int:
         raise RuntimeError(
             f"the chain {chain.name} is not compiled into fastopt._C: add its rule to csrc/chains.h and rebuild"
         ) from None
+
+
+def lacks(setting: Setting, device: str = "cpu") -> str:
+    """What of a setting was not compiled, for rules that the extension does not know; empty if it has all."""
+    unknown = [chain.name for chain in setting.chains if chain is not None and chain.name not in _indices()]
+    if unknown:
+        return f"the extension has no kernel for {unknown[0]} (csrc/chains.h)"
+    counts_there = device != "cpu" and setting.counts_on_device and setting.rule.counters
+    if counts_there and setting.on_device() is None:
+        return "its steps are counted on the device, and the extension does not have its coefficients (csrc/rows.h)"
+    return ""
 
 
 def advise_huge_pages(t: Tensor) -> None:

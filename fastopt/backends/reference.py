@@ -64,7 +64,10 @@ class _Language:
         return x.abs()
 
     @staticmethod
-    def where(condition: bool, a: Tensor, b: Tensor) -> Tensor:
+    def where(condition: Tensor | bool, a: Tensor | float, b: Tensor | float) -> Tensor | float:
+        """A condition on coefficients alone is a Python bool."""
+        if isinstance(condition, Tensor):
+            return torch.where(condition, a, b)
         return a if condition else b
 
 

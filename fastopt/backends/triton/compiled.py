@@ -45,13 +45,6 @@ def _chain(index: int) -> Chain:
     return chain_named(module.chain_names()[index])
 
 
-def _is_compiled(setting: Setting) -> bool:
-    module = native.extension()
-    assert module is not None
-    known = module.chain_names()
-    return all(chain is None or chain.name in known for chain in setting.chains())
-
-
 class CompiledPlan(TritonPlan):
     def __init__(
         self, setting_of: Callable[[Mapping[str, Any]], Setting], names: native.Names, tile: Tile | None = None
@@ -68,7 +61,7 @@ class CompiledPlan(TritonPlan):
         on_device = [segment for segments in self._segments for segment in segments if segment.on_device]
         self._counted = bool(on_device)
         counts = all(segment.entries[0].counters for segment in on_device)
-        self._serves = counts and all(map(_is_compiled, self._settings.of(groups)))
+        self._serves = counts and not any(map(native.lacks, self._settings.of(groups)))
         if not self._serves:
             self._core.build([], {}, [], [], [])  # holds nothing
             return
