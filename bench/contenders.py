@@ -96,4 +96,4 @@ def _torch(rule: str, label: str, hyper: Mapping[str, Any], **implementation: bo
         raise ValueError(
             f"torch.optim.{rule} has no {', '.join(sorted(missing))} implementation: choose another family of rivals"
         )
-    return Contender(label, lambda groups: cls(groups, **implementation, **hyper))
+    return Contender(label, lambda groups: cls(groups, **{**hyper, **implementation}))

@@ -82,6 +82,14 @@ def _rested(count: int, numel: int, *goals: Goal) -> GpuCase:
     return _small(count, numel, *goals, seconds=4.0, warm_up=2, **changes)
 
 
+def _counted(count: int, numel: int) -> GpuCase:
+    """Ours with `fused=True` too, which keeps the steps on the device: a kernel makes the coefficients there first."""
+    adam = RULES["Adam"]
+    size = f"{count:,}x{numel:,}"
+    changes = {"name": f"counted adam {size}", "table": "gpu counted", "rivals": "fused"}
+    return _small(count, numel, kind=replace(adam, hyper={**adam.hyper, "fused": True}), **changes)
+
+
 def _misaligned(mix: str) -> GpuCase:
     workload = replace(_workload(200, 1_000_000, mix), misaligned=True)
     return _device("misaligned", "Adam", 200, 1_000_000, mix, workload=workload, goals=(Goal("speedup", "≥", 1),))
@@ -192,6 +200,8 @@ GPU_CASES: tuple[GpuCase, ...] = (
     _groups(28),
     _rested(1000, 1000, Goal("time", "≤", 150)),
     _rested(10_000, 64),
+    _counted(1000, 1000),
+    _counted(10, 1000),
     _rule("Adam", MIXED),
     _model("ResNet-50"),
     _model("GPT-2"),

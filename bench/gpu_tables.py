@@ -126,6 +126,16 @@ def _rested(results: Results) -> str:
     )
 
 
+def _counted(results: Results) -> str:
+    return table(
+        "The same with `fused=True` for all, which keeps the steps on the device",
+        [
+            {**_waited(line), "until step() returns": time_of(line.get(line.subject, "host_us"))}
+            for line in _lines(results, "gpu counted")
+        ],
+    )
+
+
 def _waited(line: Line) -> dict[str, str]:
     return {
         "tensors": line.case.size,
@@ -291,6 +301,7 @@ SHORT: tuple[Part, ...] = (_short,)
 ALL: tuple[Part, ...] = (
     _small,
     _rested,
+    _counted,
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),
