@@ -53,8 +53,9 @@ class DevicePlan {
   uint32_t set(size_t number, const void* gradient, const Row& row);
   // One with counters on the device, whose row is made there. `slots` is how many states the plan knows of.
   void set(size_t number, const void* gradient, const DeviceSetting& setting, bool stepped, int slots);
-  // Instead, where this step is like the last one: a tensor's new gradient (on any thread), and for each number that
-  // set() returned the row that follows it; false if different rows follow one. Then, whether none is missing.
+  // Instead, where this step is like the last one, or nobody needs to know a row: a tensor's gradient (on any thread).
+  // Then, for each number that set() returned, the row that follows it; false if different rows follow one. Last of
+  // all, whether none is missing.
   void renew(size_t number, const void* gradient) {
     const auto [bucket, position] = where_[number];
     buckets_[bucket].gradients[position] = gradient;

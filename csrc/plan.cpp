@@ -219,8 +219,8 @@ bool Plan::renew_devices() {
 // row that was foreseen.
 bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync) {
   if (!entry.native) return !found.active;
-  const bool counted_here = entry.counted && kernels_ != Devices::external;
-  if (!found.fits || counted_here || found.active != (found.grad != nullptr)) return false;
+  const bool kernels_count = entry.counted && kernels_ != Devices::external;  // by rows of the plan's making
+  if (!found.fits || kernels_count || found.active != (found.grad != nullptr)) return false;
   if (!found.grad) return !(sync && entry.has_state);
   if (entry.counted) {
     devices_[entry.device].renew(entry.number, present_at(found.data));

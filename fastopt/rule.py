@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
@@ -85,7 +85,7 @@ class Rule(ABC):
     """The host side of one optimizer; everything computed here is float64 and rounded once, by the kernels.
 
     What depends on t or on `SYMBOLIC` hyper-parameters is written with arithmetic, `select` and `flag`, so that it
-    means the same for numbers and for tensors.
+    means the same for numbers and for symbols.
     """
 
     hyper: Sequence[str] = ()
@@ -202,10 +202,14 @@ class Formulas:
     """One for each chain that may occur: one for most rules. Each parameter takes one of them at most."""
     carried: str | None
     """The second counter after the step."""
+    texts: dict[Any, str] = field(default_factory=dict)
+    """What a backend has made of them."""
 
 
 Written: TypeAlias = "tuple[list[tuple[Callable[[Hyper], Any], Any]], Formulas]"
 """Formulas, and what was asked of the hyper-parameters when they were written down."""
+MOST_WRITTEN = 64
+"""Formulas for the same chains that are remembered: a rule may decide anew for every number."""
 DUE = ("due_step", "due_period")
 """Inputs of a group whose device decides whether it synchronises: the steps taken, and every how many it does."""
 
@@ -307,12 +311,14 @@ class Setting:
             single: Whether the second counters are stored in float32.
             asked: Whether the group synchronises; None: its device decides, from `DUE`.
         """
-        known = self._written.setdefault((single, asked, self._kinds), [])
+        known = self._written.setdefault((single, asked, self._kinds, self.slots, *self.chains), [])
         for decisions, formulas in known:
             if all(value(self.h) == was for value, was in decisions):
                 return formulas
         tape = Tape(self.h)
         formulas = self._write(tape, single, asked)
+        if len(known) >= MOST_WRITTEN:
+            known.clear()
         known.append((tape.decisions, formulas))
         return formulas
 
@@ -397,7 +403,7 @@ def _is(condition: Condition, value: bool) -> Condition:
 def _both(a: Symbol, b: Condition) -> Symbol | None:
     """Where both hold; None if b is known not to."""
     if isinstance(b, Symbol):
-        return a & b
+        return a.both(b)
     return a if b else None
 
 

@@ -11,8 +11,10 @@ are called: a symbol that stands for a number the host knows can be asked, as in
 
 from __future__ import annotations
 
+import math
 import operator
 import re
+import struct
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from types import SimpleNamespace
@@ -21,8 +23,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 FUNCTIONS = ("number", "power", "root", "remainder", "to_single", "select", "opposite")
-"""number(x): a constant | power(a, b) | root(x), correctly rounded | remainder(a, b) of whole numbers | to_single(x):
-rounded to float32 | select(condition, a, b) | opposite(condition)"""
+"""number(x): a constant | power(a, b) | root(x), correctly rounded | remainder(a, b), with b's sign as Python's |
+to_single(x): rounded to float32 | select(condition, a, b) | opposite(condition)"""
 
 HYPER = "h_"
 """How the names of inputs begin that are hyper-parameters."""
@@ -38,19 +40,26 @@ class Symbol:
         self.tape, self.name, self.value = tape, name, value
 
     def __bool__(self) -> bool:
-        return bool(self._decided())
+        return bool(self._decided(bool))
 
     def __float__(self) -> float:
-        return float(self._decided())
+        """The value becomes part of the text: another value is another kernel. So do not ask for what changes."""
+        return self._decided(float)
 
-    def _decided(self) -> float:
+    def __int__(self) -> int:
+        return int(self._decided(int))
+
+    __index__ = __int__
+
+    def _decided(self, kind: Callable[[Any], float]) -> float:
         if self.value is None:
             raise TypeError(
                 f"`{self.tape.lines.get(self.name, self.name)}` is not known to the host, which must not wait for the "
                 "device: write the formula with arithmetic, `select` and `flag` (fastopt/rule.py)"
             )
-        result: float = self.value(self.tape.h)
-        self.tape.decisions.append((self.value, result))
+        value = self.value
+        result = kind(value(self.tape.h))
+        self.tape.decisions.append((lambda h: kind(value(h)), result))
         return result
 
     def _infix(self, sign: str, other: Any, function: Callable[[Any, Any], Any], swap: bool = False) -> Symbol:
@@ -84,9 +93,12 @@ class Symbol:
     def __neg__(self) -> Symbol:
         return self * -1.0  # 0 - x, which some languages mean by -x, has another zero
 
+    def __abs__(self) -> Symbol:
+        return (self < 0).select(-self, self)
+
     def __pow__(self, other: Any) -> Symbol:
         if isinstance(other, float) and other == 0.5:
-            return self.tape.call("root", self)
+            return self.tape.call("root", self, function=lambda x: x**0.5)
         return self.tape.call("power", self, other, function=operator.pow)
 
     def __rpow__(self, other: Any) -> Symbol:
@@ -115,18 +127,32 @@ class Symbol:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __and__(self, other: Symbol) -> Symbol:
-        return self._infix("&", other, operator.and_)
+    def __and__(self, other: Symbol | bool) -> Symbol | bool:
+        if isinstance(other, Symbol):
+            return self.both(other)
+        return self if other else False
+
+    __rand__ = __and__
+
+    def __or__(self, other: Symbol | bool) -> Symbol | bool:
+        if isinstance(other, Symbol):
+            return ~(~self).both(~other)
+        return True if other else self
+
+    __ror__ = __or__
 
     def __invert__(self) -> Symbol:
         return self.tape.call("opposite", self, function=operator.not_)
 
+    def both(self, other: Symbol) -> Symbol:
+        return self._infix("&", other, operator.and_)
+
     def select(self, a: Any, b: Any) -> Symbol:
         """a where this holds, b elsewhere."""
-        return self.tape.call("select", self, a, b)
+        return self.tape.call("select", self, a, b, function=lambda condition, x, y: x if condition else y)
 
     def to_single(self) -> Symbol:
-        return self.tape.call("to_single", self)
+        return self.tape.call("to_single", self, function=lambda x: struct.unpack("f", struct.pack("f", x))[0])
 
 
 def _applied(function: Callable[..., Any], *arguments: Any) -> Value:
@@ -194,7 +220,10 @@ class Tape:
     @staticmethod
     def name(value: Any) -> str:
         """What stands for a symbol, or for a number of the host, in a line."""
-        return value.name if isinstance(value, Symbol) else f"number({float(value)!r})"
+        if isinstance(value, Symbol):
+            return value.name
+        number = float(value)
+        return f"number({number!r})" if math.isfinite(number) else f"number(float('{number}'))"
 
 
 _WORD = re.compile(r"[A-Za-z_]\w*")

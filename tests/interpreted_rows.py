@@ -191,7 +191,7 @@ class ShakenOffRule(Rule):
         return {"m": Slot("m"), "v": Slot("v")}
 
     def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
-        warm = select(t > 3, lambda: 1.0 - 0.5 / t, 0.25)
+        warm = select(t > 3, lambda: 1.0 - 0.5 / t, 0.25) + (t * 0.25) % 1.0 + (t - 4) % 3 + (4 - t) % -3
         return shaken_off.row(w1=1 - h.beta1, w2=1 - h.beta2, bc2=1 - h.beta2**t, eps=h.eps, step_size=h.lr * warm)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 import os
 import pathlib
 import shlex
@@ -22,7 +23,7 @@ import fastopt
 from fastopt import rule as rules
 from fastopt.chain import Chain
 from fastopt.optimizers.sgd import SGDRule
-from fastopt.rule import ROW_RULES, OnDevice, Setting, Settings
+from fastopt.rule import ROW_RULES, OnDevice, Setting, Settings, select, to_single
 
 CSRC = pathlib.Path(fastopt.__file__).resolve().parents[1] / "csrc"
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 30, 100, 1000, 250_000, 2**24)
@@ -269,7 +270,7 @@ WORDS: Numbers = {
     "number": np.float64,
     "power": lambda a, b: np.float64(float(a) ** float(b)),
     "root": lambda x: np.float64(float(x) ** 0.5) if x >= 0 else np.float64("nan"),
-    "remainder": lambda a, b: a % b,
+    "remainder": operator.mod,
     "to_single": single,
     "select": lambda condition, a, b: a if condition else b,
     "opposite": lambda condition: not condition,
@@ -358,3 +359,43 @@ def test_a_zero_keeps_its_sign() -> None:
     setting = setting_of(by_id("sgd")[0], lr=0.0)
     ((_, _, values, _),) = follow(setting, 1.0, 1.0, True, False, {})
     assert math.copysign(1.0, values[-1]) == -1.0
+
+
+def test_numbers_that_choose_stages_are_not_mistaken() -> None:
+    """As a configuration file may have them; only the stages ask for them, the formulas do not."""
+    settings, group = settings_of(by_id("adam")[0])
+    plain, largest = (settings.of({**group, "amsgrad": flag}).formulas(True, False) for flag in (0, 1))
+    assert [path.chain.name for path in plain.paths] != [path.chain.name for path in largest.paths]
+
+
+def test_decisions_are_about_truth_and_not_about_values() -> None:
+    settings, group = settings_of(by_id("ranger")[0])
+    assert len({settings.of({**group, "k": k}).formulas(True, False) for k in (3, 4, 5, 6)}) == 1
+
+
+class Odd(SGDRule):
+    """Formulas with all that a number can do."""
+
+    def coefficients(self, h: Any, t: Any, carry: Any) -> tuple[Any, ...]:
+        x = ((t - 4) % 3) + (t * 0.25) % 1.0 + (4 - t) % -3 + abs(h.lr - t)
+        late = (t > 3) & True
+        x += select(late | (t == 2), lambda: 2.0, 3.0) + select(late & (h.lr < 1), lambda: 5.0, 7.0)
+        x += select((t < 2) | False, lambda: math.inf, 0.0)
+        if h.lr**0.5 > 0.1 and select(h.lr > 0, lambda: h.lr, 1.0) and to_single(h.lr) != 2:
+            x += int(h.weight_decay) + float(h.lr)
+        return (x,)
+
+
+def test_formulas_can_do_what_numbers_do() -> None:
+    _, group = settings_of(by_id("sgd")[0])
+    setting = Settings(Odd(), Index()).of(group)
+    for t in range(1, 9):
+        check_formulas(setting, float(t), 1.0, True, False, False)
+
+
+def test_what_a_rule_decides_anew_for_every_number_is_forgotten() -> None:
+    _, group = settings_of(by_id("sgd")[0])
+    settings = Settings(Odd(), Index())
+    for k in range(3 * rules.MOST_WRITTEN):
+        settings.of({**group, "lr": 0.5 + k}).formulas(True, False)
+    assert sum(map(len, settings._written.values())) <= rules.MOST_WRITTEN

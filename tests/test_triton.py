@@ -323,6 +323,25 @@ def test_captured_blocks_are_never_written_again(cuda: dict[str, Any], monkeypat
     sender.send(b"f" * 16)
 
 
+def test_memory_is_lent_to_streams_that_it_was_not_allocated_on(
+    cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent and what kernels write may be of different streams."""
+    lent: list[torch.Tensor] = []
+    monkeypatch.setattr(triton.tables, "lend", lambda *tensors: lent.extend(tensors))
+    stream = [1]
+    monkeypatch.setattr(triton.tables, "stream_of", lambda device: stream[0])
+    memory = channel(monkeypatch)
+    memory.send(b"1" * 16)
+    stream[0] = 2
+    scratch = memory.scratch(64)
+    assert not lent
+    stream[0] = 1
+    memory.send(b"1" * 16)
+    assert memory.scratch(64) is scratch
+    assert lent == [scratch.bytes]
+
+
 def test_tables_are_not_made_during_capture(cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, launched = steps_without_kernels(monkeypatch, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

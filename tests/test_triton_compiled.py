@@ -90,15 +90,13 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Target:
     run = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        target.kernels.append(kernel)
-        return kernel
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    def start_again(self: Any, grid: Any) -> Any:
+    def start(self: Any, grid: Any) -> Any:
         return lambda *args: target.kernels.append(self)
 
     monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-    monkeypatch.setattr(compiler.CompiledKernel, "__getitem__", start_again)
+    monkeypatch.setattr(compiler.CompiledKernel, "__getitem__", start)
     monkeypatch.setattr(type(jit.driver), "active", property(lambda self: target), raising=False)
     return target
 
@@ -374,6 +372,44 @@ def split_power(ptx: str) -> tuple[str, str]:
         return "", ptx
     end = ptx.index("\n}", start.end())
     return ptx[start.start() : end], ptx[: start.start()] + ptx[end:]
+
+
+def test_nothing_is_counted_where_a_kernel_cannot_be_compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows' kernel advances the counters, so it starts when all that read the rows are there."""
+    from triton.runtime import jit
+
+    fake_gpu(monkeypatch)
+    compile_only = jit.JITFunction.run
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__name__ != triton.rows.NAME:
+            raise ValueError("out of registers")
+        return compile_only(self, *args, **kwargs)
+
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = fastopt.RAdam([p], capturable=True, backend="triton")
+    p.grad = torch.zeros(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(jit.JITFunction, "run", refuse)
+        with pytest.raises(RuntimeError, match="fastopt_scale_shrink_radam failed on cpu: out of registers"):
+            optimizer.step()
+    assert target.kernels == []
+    optimizer.step()
+    assert len(target.kernels) == 2
+
+
+def test_variants_are_compiled_once_each(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever combination of them a step needs."""
+    fake_gpu(monkeypatch)
+    params = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in (F32, F64)]
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(params, (0.0, 0.1), strict=True)]
+    optimizer = fastopt.Adamax(groups, capturable=True, backend="triton")
+    for step in range(8):
+        for k, p in enumerate(params):
+            p.grad = None if step >> k & 1 else torch.zeros_like(p)
+        optimizer.step()
+    kernels = {id(kernel) for kernel in target.kernels if triton.rows.NAME in kernel.name}
+    assert len(kernels) == 1  # both were needed in the first step
 
 
 def test_the_power_is_the_one_that_nvcc_compiles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

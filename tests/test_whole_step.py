@@ -178,6 +178,22 @@ def test_subclass_with_a_step_of_its_own() -> None:
     assert twins.ours.calls == 4
 
 
+def test_a_state_that_is_kept_elsewhere() -> None:
+    """Where the parts of an optimizer are not in its ``__dict__``, the short way is not taken."""
+
+    class Elsewhere(fastopt.Adam):
+        @property
+        def state(self) -> Any:
+            return self.kept
+
+        @state.setter
+        def state(self, state: Any) -> None:
+            self.kept = state
+
+    twins = Twins(lambda params, backend: Elsewhere(params, backend=backend))
+    twins.step(4)
+
+
 def test_a_failed_look_does_not_pass_the_second_time() -> None:
     """What the one call has found unfit must still be unfit for the longer way that follows."""
     twins = Twins(lambda params, backend: fastopt.Adam(params, lr=0.1, backend=backend))

@@ -2,7 +2,7 @@
 
 Import this before Triton. The interpreter of Triton 3.6 rounds twice in `fma` (3.9 does not), truncates when it narrows
 float32 to bfloat16, loses subnormals when it widens, cannot use a number as the bound of a loop under numpy 2.4, and
-has no power of float64 (here it is libm's, as Python's is);
+has neither power nor remainder of float64 (here they are libm's, as Python's);
 here those operations get the meaning that they have in the compiled kernels (test_triton_compiled.py reads it from
 their PTX: fma.rn, cvt.rn). Nothing of ours is replaced, but launches are made small, so that small tensors have chunks,
 tails and long slices.
@@ -10,6 +10,8 @@ tails and long slices.
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from typing import Any
 
@@ -42,11 +44,15 @@ def _cast(self: Any, value: Any, to: Any) -> Any:
     return interpreter.TensorHandle(data.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
 
 
-def _pow(x: Any, y: Any, _semantic: Any = None) -> Any:
-    """In place of CUDA's."""
-    a, b = np.broadcast_arrays(x.handle.data, y.handle.data)
-    data = np.frompyfunc(lambda u, v: float(u) ** float(v), 2, 1)(a, b).astype(np.float64)
-    return tl.tensor(interpreter.TensorHandle(data, tl.float64), x.type if x.type.is_block() else y.type)
+def _of_host(function: Any) -> Any:
+    """A function of two float64 in place of CUDA's."""
+
+    def call(x: Any, y: Any, _semantic: Any = None) -> Any:
+        a, b = np.broadcast_arrays(x.handle.data, y.handle.data)
+        data = np.frompyfunc(lambda u, v: function(float(u), float(v)), 2, 1)(a, b).astype(np.float64)
+        return tl.tensor(interpreter.TensorHandle(data, tl.float64), x.type if x.type.is_block() else y.type)
+
+    return call
 
 
 def _patch_tensor(tensor: Any, scope: Any) -> None:
@@ -64,7 +70,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 _interpreted_call = interpreter.InterpretedFunction.__call__
 _interpreted_cast = interpreter.InterpreterBuilder.cast_impl
 _interpreted_tensor = interpreter._patch_lang_tensor
-libdevice.pow = _pow
+libdevice.pow, libdevice.fmod = _of_host(operator.pow), _of_host(math.fmod)
 interpreter.InterpreterBuilder.create_fma = _fma
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter._patch_lang_tensor = _patch_tensor

@@ -51,13 +51,13 @@ class CompiledPlan(TritonPlan):
     ) -> None:
         super().__init__(setting_of, tile)
         self._core = native.make_core(names, setting_of, None, "external")
-        self._counted, self._parts = False, list[list[Part]]()
+        self._counted, self._parts = False, dict[Bucket, list[Part]]()
         self._serves = False
         """Whether the compiled plan takes the steps of the tables that were built last."""
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
         super().build(groups, state, takes, rows, fresh)
-        self._parts = []
+        self._parts = {}
         on_device = [segment for segments in self._segments for segment in segments if segment.on_device]
         self._counted = bool(on_device)
         counts = all(segment.entries[0].counters for segment in on_device)
@@ -87,9 +87,11 @@ class CompiledPlan(TritonPlan):
         return self._step_alone if self._serves else None
 
     def _step_alone(self, optimizer: dict[str, Any]) -> bool:
-        if any(map(optimizer.get, _CALLED)) or not _GIVEN.isdisjoint(optimizer):
+        groups, state = optimizer.get("param_groups"), optimizer.get("state")
+        hooks = map(optimizer.get, _CALLED)
+        if groups is None or state is None or any(found is None or len(found) for found in hooks):
             return False
-        if not self.gather(optimizer["param_groups"], optimizer["state"], None):
+        if not _GIVEN.isdisjoint(optimizer) or not self.gather(groups, state, None):
             return False
         self.launch()
         return True
@@ -101,10 +103,10 @@ class CompiledPlan(TritonPlan):
             return False
         if self._counted:
             settings = self._settings.of(groups)
-            self._parts = [
-                [s.part(settings[s.group], sync and sync[s.group]) for s in segments if s.on_device]
-                for segments in self._segments
-            ]
+            self._parts = {
+                bucket: [s.part(settings[s.group], sync and sync[s.group]) for s in segments if s.on_device]
+                for bucket, segments in zip(self._buckets, self._segments, strict=True)
+            }
         return True
 
     def launch(self, amp: Amp = NONE) -> None:
@@ -163,8 +165,9 @@ class CompiledPlan(TritonPlan):
         jobs = []
         for bucket, begin in self._on[device]:
             own = gradients[8 * begin : 8 * (begin + len(bucket.entries))]
-            parts = self._parts[self._buckets.index(bucket)]
-            taken = [part for part in parts if part.asked or own[8 * part.begin : 8 * part.end].strip(b"\0")]
+            taken = [
+                part for part in self._parts[bucket] if part.asked or own[8 * part.begin : 8 * part.end].strip(b"\0")
+            ]
             if taken:
                 bucket.lend()
                 astray = bucket.key.aligned and bool(own[::8].translate(None, _MULTIPLES))

@@ -5,7 +5,7 @@ Triton is imported by the first function that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastopt.backends.amp import Amp
 from fastopt.backends.triton import kernels
-from fastopt.backends.triton import rows as rows_made
+from fastopt.backends.triton import rows as making
 from fastopt.backends.triton.rows import Job, Made, Rows
 from fastopt.backends.triton.tables import Bucket, Channel, Sent
 from fastopt.chain import Chain
@@ -67,23 +67,32 @@ class Ready:
 
     def __init__(self, name: str, device: torch.device, kernel: Any, constants: tuple[Any, ...], warps: int) -> None:
         self._where = f"the Triton kernel {name} failed on {device}"
-        self._kernel, self._constants, self._warps = kernel, constants, warps
+        self._kernel, self._constants = kernel, constants
+        self._options = {"num_warps": warps, **kernels.OPTIONS}
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
     def start(self, programs: int, *arguments: Any) -> None:
         """Arguments and constants are in the kernel's order."""
-        absent = tuple([argument is None for argument in arguments])
-        compiled = self._compiled.get(absent)
+        compiled = self.compiled(programs, *arguments)
         try:
             if compiled is not None:
                 compiled[programs, 1, 1](*arguments, *self._constants)
-                return
-            # The interpreter compiles nothing, and gives None.
-            self._compiled[absent] = self._kernel[programs, 1, 1](
-                *arguments, *self._constants, num_warps=self._warps, **kernels.OPTIONS
-            )
+            else:
+                self._kernel[programs, 1, 1](*arguments, *self._constants, **self._options)
         except Exception as error:
             raise RuntimeError(f"{self._where}: {error}") from error
+
+    def compiled(self, programs: int, *arguments: Any) -> Any:
+        """What the kernel was compiled to for such arguments; None in the interpreter, which compiles nothing."""
+        absent = tuple([argument is None for argument in arguments])
+        found = self._compiled.get(absent)
+        if found is None:
+            try:
+                found = self._kernel.warmup(*arguments, *self._constants, grid=(programs, 1, 1), **self._options)
+            except Exception as error:
+                raise RuntimeError(f"{self._where}: {error}") from error
+            self._compiled[absent] = found
+        return found
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ class Launcher:
         self._buckets: list[Bucket] = []
         self._rows: dict[torch.device, Rows] = {}
         self._ready: dict[Hashable, Ready] = {}
-        self._captured: list[Any] = []  # what CUDA graphs read at every replay
+        self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
+        self._captured_inputs: list[list[Tensor]] = []  # and of hyper-parameters
         self.launches = 0
         """How many kernels the last step launched."""
 
@@ -131,32 +141,43 @@ class Launcher:
         return Counted(made, block.add(made.work.tobytes()))
 
     def _start_counted(self, device: torch.device, counted: Counted, sent: Sent, scaler: Scaler) -> None:
-        """Start the kernel that makes rows, and those that read them."""
-        memory = self._make_rows(device, counted.made, sent, counted.work_at, scaler)
-        for start in counted.made.starts:
+        """Start the kernel that makes rows and counts, and those that read them; first of all, compile all of them."""
+        made = counted.made
+        memory = self._channels[device].scratch(made.size)
+        starts = []
+        for start in made.starts:
             job, values = start.job, memory.values(start.job.bucket.key.compute)
-            self._start(
+            starts.append((
                 job.bucket, start.chain, start.first_slot, start.aligned,
                 Addressed(sent.long, job.grads_at), Addressed(memory.int, start.rows_at),
                 Addressed(values, start.values_at), scaler,
-            )  # fmt: skip
+            ))  # fmt: skip
+        kind = scaler.scale is None, scaler.found_inf is None
+        if kind not in made.compiled:
+            made.compiled.add(kind)
+            for arguments in starts:
+                for ready, given in self._launches(*arguments):
+                    ready.compiled(*given)
+        self._make_rows(device, made, sent, memory, counted.work_at, scaler)
+        for start, arguments in zip(made.starts, starts, strict=True):
+            if not start.idle:
+                self._start(*arguments)
 
-    def _make_rows(self, device: torch.device, made: Made, sent: Sent, work_at: int, scaler: Scaler) -> Sent:
-        channel = self._channels[device]
-        memory = channel.scratch(made.size)
-        if channel.capturing:
-            self._captured.append(made.held)
-        kernel = rows_made.kernel(tuple(made.variants))
+    def _make_rows(
+        self, device: torch.device, made: Made, sent: Sent, memory: Sent, work_at: int, scaler: Scaler
+    ) -> None:
+        if self._channels[device].capturing:
+            self._captured_inputs.append(made.held)
+        kernel = making.kernel(tuple(made.variants))
         ready = self._ready.get((device, kernel.fn))
         if ready is None:
-            constants = rows_made.BLOCK, rows_made.WORK
-            ready = self._ready[device, kernel.fn] = Ready(rows_made.NAME, device, kernel, constants, 1)
+            constants = making.BLOCK, making.WORK
+            ready = self._ready[device, kernel.fn] = Ready(making.NAME, device, kernel, constants, 1)
         ready.start(
             made.programs, sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf,
             work_at // 8,
         )  # fmt: skip
         self.launches += 1
-        return memory
 
     def _start(
         self,
@@ -169,23 +190,35 @@ class Launcher:
         coefficients: Addressed,
         scaler: Scaler,
     ) -> None:
+        for ready, given in self._launches(bucket, chain, first_slot, aligned, grads, rows, coefficients, scaler):
+            ready.start(*given)
+            self.launches += 1
+
+    def _launches(
+        self,
+        bucket: Bucket,
+        chain: Chain,
+        first_slot: int,
+        aligned: bool,
+        grads: Addressed,
+        rows: Addressed,
+        coefficients: Addressed,
+        scaler: Scaler,
+    ) -> Iterator[tuple[Ready, tuple[Any, ...]]]:
+        """The kernels that run a chain over a bucket, one after the other, and what they are given."""
         if not bucket.programs:
             return
-        ready = self._ready.get((bucket, chain, first_slot, aligned))
-        if ready is None:
-            ready = self._ready[bucket, chain, first_slot, aligned] = _ready(bucket, chain, first_slot, aligned)
-        tables = bucket.table, bucket.items, grads.tensor, rows.tensor
+        tables = bucket.programs, bucket.table, bucket.items, grads.tensor, rows.tensor
         if bucket.key.mean == kernels.SPLIT and chain is not PULL:
             summing = self._ready.get((bucket, aligned))
             if summing is None:
                 summing = self._ready[bucket, aligned] = _summing(bucket, aligned)
-            summing.start(bucket.programs, *tables, bucket.partials, scaler.scale, grads.at, rows.at)
-            self.launches += 1
-        ready.start(
-            bucket.programs, *tables, coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf,
-            grads.at, rows.at, coefficients.at,
-        )  # fmt: skip
-        self.launches += 1
+            yield summing, (*tables, bucket.partials, scaler.scale, grads.at, rows.at)
+        ready = self._ready.get((bucket, chain, first_slot, aligned))
+        if ready is None:
+            ready = self._ready[bucket, chain, first_slot, aligned] = _ready(bucket, chain, first_slot, aligned)
+        given = coefficients.tensor, bucket.partials, scaler.scale, scaler.found_inf
+        yield ready, (*tables, *given, grads.at, rows.at, coefficients.at)
 
 
 def _ready(bucket: Bucket, chain: Chain, first_slot: int, aligned: bool) -> Ready:

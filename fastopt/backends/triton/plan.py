@@ -12,8 +12,9 @@ import ctypes
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import chain as concatenated
+from itertools import compress
 from operator import attrgetter, eq, is_, methodcaller, or_
 from typing import Any
 
@@ -75,11 +76,14 @@ class Segment:
     entries: list[Entry]
     _written: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
+    @cached_property
+    def _kinds(self) -> tuple[torch.dtype, ...]:
+        return tuple(counter.dtype for counter in self.entries[0].counters)
+
     def part(self, setting: Setting, asked: Any) -> Part:
         """What a step does to them that is counted on the device."""
-        kinds = tuple(counter.dtype for counter in self.entries[0].counters)
         due = Due(*asked) if isinstance(asked, tuple) else bool(asked)
-        return Part(self.begin, self.end, self.entries, setting, due, kinds)
+        return Part(self.begin, self.end, self.entries, setting, due, self._kinds)
 
     def steps_before(self) -> list[float]:
         """Of entries whose rule counts nothing: whether a step was taken."""
@@ -213,7 +217,8 @@ class TritonPlan(Launcher):
         self._grads: list[Tensor] = []
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
-        self._rows.clear()  # these two know the tables and, through them, states
+        for made in self._rows.values():  # they know the tables and, through them, states
+            made.forget()
         self._ready.clear()
         self._params = [p for group in groups for p in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
@@ -370,7 +375,11 @@ class TritonPlan(Launcher):
             return
         if segment.on_device:
             work.on_device.append(segment.part(setting, asked))
-            self._written += segment.written(0, len(setting.slots))
+            if asked or work.present is None:
+                self._written += segment.written(0, len(setting.slots))
+            else:
+                taken = compress(segment.entries, work.present[a:b])
+                self._written += [t for entry in taken for t in _written(entry, 0, len(setting.slots))]
             return
         if isinstance(asked, tuple):
             step, k = asked

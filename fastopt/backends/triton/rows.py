@@ -1,8 +1,8 @@
 """Coefficient rows for steps that are counted on a device: one kernel makes them all, and advances the counters.
 
 A rule's formulas arrive as text (`Setting.formulas`), which is compiled as it stands; hyper-parameters are read from
-the block of the step, or where they live. `made` deals the parameters of a device out to programs, `Rows` keeps what it
-found for as long as nothing changes. A program serves up to `BLOCK` parameters of one setting, one to each thread, and
+the block of the step, or where they live. `make` deals the parameters of a device out to programs, `Rows` keeps what it
+made for as long as nothing changes. A program serves up to `BLOCK` parameters of one setting, one to each thread, and
 finds all it needs in `WORK` numbers of the block. What it writes (for each chain that the device may choose, which of
 its rows a parameter has, -1 for none, and the row) the kernels of the chains read as they read the host's.
 
@@ -20,7 +20,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -55,8 +55,9 @@ def root(x):
 
 
 def remainder(a, b):
-    """Of whole numbers; the remainder of floating point would be made of a quotient that is rounded."""
-    return (a.to(tl.int64) % b.to(tl.int64)).to(tl.float64)
+    """As Python has it, exact: with the sign of b."""
+    r = tl.extra.cuda.libdevice.fmod(a, b)
+    return tl.where(r == 0, b * 0, tl.where((r < 0) != (b < 0), r + b, r))
 
 
 def to_single(x):
@@ -103,7 +104,6 @@ def variant(at, k, mask, advances, block, doubles, rows, singles, wides):
 """
 
 
-@cache
 def source(
     formulas: Formulas,
     inputs: tuple[torch.dtype | None, ...],
@@ -163,7 +163,7 @@ def _type(dtype: torch.dtype) -> str:
 _DEVICE = (number, power, root, remainder, to_single, select, opposite)
 
 
-@cache
+@lru_cache(maxsize=256)
 def kernel(variants: tuple[str, ...]) -> Any:
     """The kernel of these variants, whose numbers are their places."""
     names: dict[str, Any] = {"__name__": __name__, "tl": kernels.language()}
@@ -255,18 +255,25 @@ class Start:
     values_at: int
     rows_at: int
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is known to have nothing to do: what has a gradient is not pulled back without one."""
+        return self.chain is PULL and self.job.complete
+
 
 @dataclass
 class Made:
     """What one launch needs to make the rows of a device."""
 
-    variants: list[str] = field(default_factory=list)
+    variants: list[str]
     work: array[int] = field(default_factory=lambda: array("q"))
     inputs: list[bytes] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
     copied: bool = False
     """Whether some inputs are copies, of what lies on another device and may change there."""
     starts: list[Start] = field(default_factory=list)
+    compiled: set[tuple[bool, bool]] = field(default_factory=set)
+    """For which of loss scale and overflow flag, absent or not, the kernels of all starts are."""
     size: int = 0
     """Bytes of rows."""
 
@@ -274,7 +281,12 @@ class Made:
     def programs(self) -> int:
         return len(self.work) // WORK
 
-    def variant(self, text: str) -> int:
+    def variant(self, part: Part, held: tuple[torch.dtype | None, ...], job: Job) -> int:
+        """The number of the variant that serves a part."""
+        formulas, key = part.formulas, (held, part.counters, job.bucket.key.compute, job.astray)
+        text = formulas.texts.get(key)
+        if text is None:
+            text = formulas.texts[key] = source(formulas, *key)
         if text not in self.variants:
             self.variants.append(text)
         return self.variants.index(text)
@@ -284,9 +296,13 @@ class Made:
         return at
 
 
-def make(jobs: Sequence[Job], base: int) -> Made:
-    """Deal out the parameters of a device; `base` is where in the block the inputs are going to be."""
-    made = Made()
+def make(jobs: Sequence[Job], base: int, variants: list[str]) -> Made:
+    """Deal out the parameters of a device.
+
+    `base` is where in the block the inputs are going to be. `variants` that were needed before are compiled again with
+    any new one, so that there are no more kernels than variants.
+    """
+    made = Made(variants)
     at = base
     for job in jobs:
         starts: dict[Chain, list[Start]] = {}
@@ -301,13 +317,12 @@ def make(jobs: Sequence[Job], base: int) -> Made:
             before = [] if part.counters else [0.0 if entry.fresh else 1.0 for entry in part.entries]
             made.inputs.append(_packed([*inputs, *before]))
             held = tuple(value.dtype if isinstance(value, Tensor) else None for value in inputs)
-            text = source(formulas, held, part.counters, job.bucket.key.compute, job.astray)
             places = [starts[path.chain] for path in formulas.paths]
-            _deal(made, job, part, made.variant(text), at, at + len(inputs), places)
+            _deal(made, job, part, made.variant(part, held, job), at, at + len(inputs), places)
             at += len(inputs) + len(before)
-        for chain, own in starts.items():
+        for own in starts.values():
             _clear(made, job, own)
-            made.starts += [] if chain is PULL and job.complete else own
+            made.starts += own
     return made
 
 
@@ -359,11 +374,16 @@ class Rows:
     """What makes the rows of a device, found again only when something has changed."""
 
     def __init__(self) -> None:
+        self._variants: list[str] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """All that holds tables and states."""
         self._known: Any = None
-        self._made = Made()
+        self._made = Made(self._variants)
 
     def made(self, jobs: Sequence[Job], base: int) -> Made:
         known = base, [job.known() for job in jobs]
         if known != self._known or self._made.copied:
-            self._known, self._made = known, make(jobs, base)
+            self._known, self._made = known, make(jobs, base, self._variants)
         return self._made

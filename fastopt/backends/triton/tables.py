@@ -248,7 +248,7 @@ class Channel:
         self.capturing = False
         self._stream = 0
         self.sent = Sent(torch.empty(0, dtype=torch.uint8))
-        self._scratch = self.sent
+        self._scratch, self._scratch_stream = self.sent, 0
 
     def send(self, block: bytes) -> Sent:
         """The block in device memory; the same memory every time, unless the block has outgrown it."""
@@ -284,9 +284,10 @@ class Channel:
         if n > self._scratch.bytes.numel():
             self._check_growth()
             self._scratch = Sent(torch.empty(_roomy(n), dtype=torch.uint8, device=self.device))
+            self._scratch_stream = stream_of(self.device)
         if self.capturing and self._scratch not in self._kept:
             self._kept.append(self._scratch)
-        if stream_of(self.device) != self._stream:
+        if stream_of(self.device) != self._scratch_stream:
             lend(self._scratch.bytes)
         return self._scratch
 
