@@ -62,7 +62,7 @@ class Ready:
     Triton looks at every argument of a launch to find out which compiled kernel it needs (24 µs of Python where the
     rest of a launch takes 3, with Triton 3.6 and all caches warm). That depends on types and constants, which are the
     same here, on which tensors are None, and on whether memory begins at a multiple of 16, which all from torch's
-    allocator does that is not said otherwise. So what the first launch has found is started directly from then on.
+    allocator does that is not said otherwise. So what was compiled for the first launch is started directly.
     """
 
     def __init__(self, name: str, device: torch.device, kernel: Any, constants: tuple[Any, ...], warps: int) -> None:

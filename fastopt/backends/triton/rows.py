@@ -38,6 +38,8 @@ WORK = 22
 in the block their gradients, the inputs of the formulas and the steps before are, the first one's row, and for each
 path of the formulas where the rows go, where the numbers of rows go, and where those of gradients that are astray."""
 NAME = "fastopt_rows"
+MOST_VARIANTS = 64
+"""In one kernel: a rule may put ever new numbers into its text."""
 CLEAR = -1
 """The variant of parameters that none of a launch's rows is for."""
 
@@ -385,5 +387,7 @@ class Rows:
     def made(self, jobs: Sequence[Job], base: int) -> Made:
         known = base, [job.known() for job in jobs]
         if known != self._known or self._made.copied:
+            if len(self._variants) >= MOST_VARIANTS:
+                self._variants.clear()
             self._known, self._made = known, make(jobs, base, self._variants)
         return self._made
