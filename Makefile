@@ -21,6 +21,9 @@ TABLE ?= docs/contract.md
 fuzz: CASES ?= 10000
 sanitize: CASES ?= 1000
 
+# Some tests take a minute, and most of them stand together: whoever is done takes over from whoever is not.
+PYTEST := -m pytest -q --dist worksteal
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -57,11 +60,11 @@ demo: $(BUILT) $(STAMP)-demo ## train real models with torch.optim and with fast
 	@$(BIN)/python -m fastopt demo
 
 test: $(BUILT_FOR_TESTS) $(STAMP)-test ## all tests; with nvcc, of the CUDA kernels' code too (no GPU needed)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # With "=", or pytest takes the table for a file of tests before tests/conftest.py has told it of the option.
 contract: $(BUILT_FOR_TESTS) $(STAMP)-test ## the tests of what torch.optim promises; what passed, as a table in TABLE
-	@$(BIN)/python -m pytest -q -m contract "--contract-table=$(TABLE)" $(PYTEST_ARGS)
+	@$(BIN)/python $(PYTEST) -m contract "--contract-table=$(TABLE)" $(PYTEST_ARGS)
 
 fuzz: $(BUILT_FOR_TESTS) $(STAMP)-test ## CASES random programs, each compared with torch.optim after every step
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
@@ -77,7 +80,7 @@ sanitize: $(STAMP)-test ## CASES random programs with AddressSanitizer and UBSan
 		../$(BIN)/python -m fuzz --sanitized --cases $(CASES) --seed $(SEED) || exit 1; done
 
 aot: $(BUILT_AOT) $(STAMP)-test ## compile and check the GPU kernels for every architecture and dtype (needs nvcc)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_cuda_compiled.py tests/test_cuda_interpreted.py \
+	@$(BIN)/python $(PYTEST) $(PYTEST_ARGS) tests/test_cuda_compiled.py tests/test_cuda_interpreted.py \
 		tests/test_triton_compiled.py
 
 # No environment is made and nothing is fetched: such a machine has its own torch, Triton, nvcc, ninja and pytest.
