@@ -48,18 +48,8 @@ ROWS = by_id(
 
 @pytest.mark.usefixtures("_a_device")
 @pytest.mark.parametrize("asked", [False, True])
-@cases([case for case in COUNTED if case.lookahead])
-def test_rows_made_for_slow_weights(case: Case, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_rows(case, asked, monkeypatch)
-
-
-@pytest.mark.usefixtures("_a_device")
-@cases([case for case in COUNTED if not case.lookahead])
-def test_rows_made_where_the_steps_are(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_rows(case, False, monkeypatch)
-
-
-def check_rows(case: Case, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@cases(COUNTED)
+def test_rows_made_where_the_steps_are(case: Case, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own rows, in float64, are the host's, counters included; powers are libm's here."""
     built = Counted(case, "cpu", asked)
     built.check(built.step(monkeypatch), reach=0)

@@ -342,19 +342,9 @@ def rows_kernel(case: Case, dtype: torch.dtype, target: Target, astray: bool = F
     return kernel
 
 
-def rows_list() -> list[Any]:
-    """Rows in float64 differ in the last instruction only."""
-    few = by_id("adam", "nadam", "ranger-undegenerate", "lookahead-nadam")
-    return [
-        pytest.param(case, dtype, capability, id=f"{case.id}-{name}-sm{capability}")
-        for case in COUNTED
-        for name, dtype in (("fp32", F32), ("fp64", F64))
-        for capability in ((80, 90, 100) if FULL else (90,))
-        if FULL or dtype == F32 or case in few
-    ]
-
-
-@pytest.mark.parametrize(("case", "dtype", "capability"), rows_list())
+@pytest.mark.parametrize("capability", [80, 90, 100] if FULL else [90])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.id)
 def test_rows_kernel(
     case: Case, dtype: torch.dtype, capability: int, target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
