@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from fastopt.backends.triton.rows import Job, Made, Rows
 from fastopt.backends.triton.tables import Bucket, Channel, Sent
 from fastopt.chain import Chain
 from fastopt.rule import PULL
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Ready:
         return found
 
 
+Update: TypeAlias = "tuple[Bucket, Chain, int, bool, Addressed, Addressed, Addressed, Scaler]"
+"""A chain over a bucket: with the first slot of its states, whether all is aligned, where the gradients' addresses, the
+numbers of rows and the rows are, and what scales."""
+
+
 @dataclass(frozen=True)
 class Counted:
     """What makes the rows of steps that a device counts, and where in the block its programs' work begins."""
@@ -144,7 +152,7 @@ class Launcher:
         """Start the kernel that makes rows and counts, and those that read them; first of all, compile all of them."""
         made = counted.made
         memory = self._channels[device].scratch(made.size)
-        starts = []
+        starts: list[Update] = []
         for start in made.starts:
             job, values = start.job, memory.values(start.job.bucket.key.compute)
             starts.append((
@@ -179,18 +187,8 @@ class Launcher:
         )  # fmt: skip
         self.launches += 1
 
-    def _start(
-        self,
-        bucket: Bucket,
-        chain: Chain,
-        first_slot: int,
-        aligned: bool,
-        grads: Addressed,
-        rows: Addressed,
-        coefficients: Addressed,
-        scaler: Scaler,
-    ) -> None:
-        for ready, given in self._launches(bucket, chain, first_slot, aligned, grads, rows, coefficients, scaler):
+    def _start(self, *update: Unpack[Update]) -> None:
+        for ready, given in self._launches(*update):
             ready.start(*given)
             self.launches += 1
 

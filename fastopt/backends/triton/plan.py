@@ -83,7 +83,7 @@ class Segment:
     def part(self, setting: Setting, asked: Any) -> Part:
         """What a step does to them that is counted on the device."""
         due = Due(*asked) if isinstance(asked, tuple) else bool(asked)
-        return Part(self.begin, self.end, self.entries, setting, due, self._kinds)
+        return Part(self.begin, self.end, self.entries, setting, due, self._kinds, self.single)
 
     def steps_before(self) -> list[float]:
         """Of entries whose rule counts nothing: whether a step was taken."""

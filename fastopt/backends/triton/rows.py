@@ -204,6 +204,7 @@ class Part:
     setting: Setting
     asked: bool | Due
     counters: tuple[torch.dtype, ...]
+    single: bool
 
     def known(self) -> tuple[Any, ...]:
         """What its rows' making depends on."""
@@ -218,8 +219,7 @@ class Part:
 
     @cached_property
     def formulas(self) -> Formulas:
-        single = len(self.counters) < 2 or self.counters[1] == torch.float32
-        return self.setting.formulas(single, self.asked if isinstance(self.asked, bool) else None)
+        return self.setting.formulas(self.single, self.asked if isinstance(self.asked, bool) else None)
 
     def inputs(self, device: torch.device) -> list[float | Tensor]:
         """The numbers that the formulas name, or the tensors on the device that hold them."""
