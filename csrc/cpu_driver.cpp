@@ -223,6 +223,7 @@ void run_as(const Item& item, int64_t begin, int64_t end) {
 
 // Where a part may start: whole cache lines, or whole slices where the gradient is centralised.
 int64_t snap(const Item& item, int64_t at) {
+  if (at == 0 || at >= item.n) return at;  // a whole tensor's, without a division
   const int64_t unit = item.rows > 0 ? item.n / item.rows : split_unit;
   return std::min(item.n, (at + unit - 1) / unit * unit);
 }
@@ -261,13 +262,20 @@ void Shares::add(int64_t n) {
   elements_ += n;
 }
 
-void Shares::run(const std::function<void(size_t, int64_t, int64_t, bool)>& f) const {
+void Shares::run(const std::function<void(size_t, size_t)>& whole,
+                 const std::function<void(size_t, int64_t, int64_t)>& part) const {
   const int64_t all = begins_.back();
   at::parallel_for(0, all, all < 2 * alone ? all : grain, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
-    for (; i + 1 < begins_.size() && begins_[i] < end; ++i) {
+    // A tensor begins in one share, and may go on in the next.
+    const auto from = [this](int64_t at) {
+      return static_cast<size_t>(std::lower_bound(begins_.begin(), begins_.end() - 1, at) - begins_.begin());
+    };
+    const size_t first = from(begin), last = from(end);
+    whole(first, last);
+    for (size_t i = begins_[first] > begin ? first - 1 : first; i < last; ++i) {
       const int64_t n = begins_[i + 1] - begins_[i] - overhead, zero = begins_[i] + overhead;
-      f(i, std::clamp<int64_t>(begin - zero, 0, n), std::clamp<int64_t>(end - zero, 0, n), begin <= begins_[i]);
+      const int64_t own = std::clamp<int64_t>(begin - zero, 0, n), others = std::clamp<int64_t>(end - zero, 0, n);
+      if (own < others) part(i, own, others);
     }
   });
 }

@@ -53,9 +53,10 @@ class Shares {
   void clear();
   void add(int64_t n);
   int64_t elements() const { return elements_; }
-  // Calls f(i, begin, end, first) for every part [begin, end) of every tensor i; `first` once for each, even without
-  // elements.
-  void run(const std::function<void(size_t, int64_t, int64_t, bool)>& f) const;
+  // On every thread: calls `whole(first, last)` for the tensors [first, last) that begin in its share, then
+  // `part(i, begin, end)` for what is in it of each tensor i, unless that is nothing.
+  void run(const std::function<void(size_t, size_t)>& whole,
+           const std::function<void(size_t, int64_t, int64_t)>& part) const;
 
  private:
   std::vector<int64_t> begins_{0};  // where each tensor begins in the range of all weights, and where the last one ends

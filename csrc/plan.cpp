@@ -323,11 +323,11 @@ void Plan::prefetch(const Entry& entry) const {
   for (int k = 0; k < counters + entry.counter_count; ++k) {
     prefetch_object(tensor[k].object);
     prefetch_tensor(tensor[k].impl);
-    prefetch_storage(tensor[k].storage);
+    prefetch_address(tensor[k].storage);
     if (k >= counters) __builtin_prefetch(tensor[k].data, 1);
   }
   prefetch_sizes(tensor[0].impl);
-  __builtin_prefetch(entry.meta);
+  prefetch_meta(entry.meta);
 }
 
 // What check_group() reads, with the list's length.
@@ -353,10 +353,7 @@ void Plan::prefetch_counts(size_t k) const {
   if (!found_[k].active) return;
   const Tracked* const tensor = tensors(entry);
   const int counters = counters_at(entry);
-  for (int i = 0; i < counters; ++i) {
-    prefetch_tensor_head(tensor[i].impl);
-    __builtin_prefetch(tensor[i].version, 1);
-  }
+  for (int i = 0; i < counters; ++i) prefetch_count(tensor[i].version);
   for (int i = counters; !entry.counted && i < counters + entry.counter_count; ++i)
     __builtin_prefetch(tensor[i].data, 1);
 }
@@ -369,11 +366,14 @@ void Plan::commit(Entry& entry, const Found& found) {
     if (entry.counter_count > 1 && !entry.counted) write_counter(counter[1].data, counter[1].kind, found.row->carry);
     entry.fresh = false;
   }
-  bump(tensor[0].impl);
-  if (entry.wrapped) bump(impl_of(entry.param.get()));
+  bump(tensor[0].version);
+  if (entry.wrapped) {
+    c10::VariableVersion version = impl_of(entry.param.get())->version_counter();
+    bump(version);
+  }
   const int first = found.row ? found.row->first_slot : 0;
   const int slots = found.row ? found.row->slots : entry.slot_count;
-  for (int k = first; k < first + slots; ++k) bump(tensor[1 + k].impl);
+  for (int k = first; k < first + slots; ++k) bump(tensor[1 + k].version);
 }
 
 Item Plan::item(const Entry& entry, const Found& found) const {
@@ -465,15 +465,23 @@ void Plan::prefetch_data(size_t k) const {
   for (int i = 1 + row.first_slot; i < 1 + row.first_slot + row.slots; ++i) head(tensor[i].data, tensor[i].dtype);
 }
 
-// One pass over the parameters: what is counted of each, and on the host its elements.
+// Each thread counts its tensors, then updates them. One by one would be slower: a counter is written atomically, and
+// what follows that waits for it.
 void Plan::run(bool counts, bool updates) {
-  shares_.run([=, this](size_t k, int64_t begin, int64_t end, bool first) {
-    if (counts && k + counts_ahead < entries_.size()) prefetch_counts(k + counts_ahead);
-    if (updates && k + data_ahead < entries_.size()) prefetch_data(k + data_ahead);
-    if (!found_[k].active) return;
-    if (counts && first) commit(entries_[k], found_[k]);
-    if (updates && begin < end) run_item(item(entries_[k], found_[k]), begin, end);
-  });
+  shares_.run(
+      [=, this](size_t first, size_t last) {
+        if (!counts) return;
+        for (size_t k = first; k < std::min(first + counts_ahead, last); ++k) prefetch_counts(k);
+        for (size_t k = first; k < last; ++k) {
+          if (k + counts_ahead < last) prefetch_counts(k + counts_ahead);
+          if (found_[k].active) commit(entries_[k], found_[k]);
+        }
+      },
+      [=, this](size_t k, int64_t begin, int64_t end) {
+        if (!updates) return;
+        if (k + data_ahead < entries_.size()) prefetch_data(k + data_ahead);
+        if (found_[k].active) run_item(item(entries_[k], found_[k]), begin, end);
+      });
 }
 
 void Plan::launch(const std::vector<DeviceStep>& steps) {

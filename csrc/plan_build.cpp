@@ -23,7 +23,7 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     Tracked slot = track(object);
     if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != p->sizes() || impl->device() != p->device())
       throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
-    tracked_.push_back(slot);
+    tracked_.push_back(std::move(slot));
   }
   return true;
 }
@@ -59,7 +59,7 @@ bool Plan::build_counters(Entry& entry, PyObject* state, bool on_device) {
       default:
         throw std::invalid_argument("fastopt: a counter has an unsupported dtype");
     }
-    tracked_.push_back(counter);
+    tracked_.push_back(std::move(counter));
     ++entry.counter_count;
   }
   entry.counted = on_device && entry.counter_count > 0;
@@ -103,7 +103,7 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
   const c10::TensorImpl* impl = own_memory.impl;
   if (!is_plain(impl) || !dtype_of(impl, &own_memory.dtype))
     throw std::invalid_argument("fastopt: a parameter that the kernels cannot take was planned for them");
-  tracked_.push_back(own_memory);
+  tracked_.push_back(std::move(own_memory));
   entry.n = impl->numel();
   entry.meta = impl->autograd_meta();
   entry.shape = fingerprint(impl->sizes());

@@ -148,7 +148,7 @@ bool Plan::check_objects(size_t begin, size_t end) {
       if (objects[k - group->first] != entries_[k].param.get()) return false;
   }
   for (size_t k = begin; k < end; ++k) {
-    if (k + states_ahead < end) __builtin_prefetch(states_[k + states_ahead].dict);
+    if (k + states_ahead < end) prefetch_version(states_[k + states_ahead].dict);
     State& own = states_[k];
     if (!own.dict) continue;
     const uint64_t version = version_of(own.dict);

@@ -32,4 +32,8 @@ inline uint64_t version_of(PyObject* dict) {
 #endif
 }
 
+inline void prefetch_version(const PyObject* dict) {
+  __builtin_prefetch(reinterpret_cast<const char*>(dict) + sizeof(PyObject) + sizeof(Py_ssize_t));  // after the size
+}
+
 }  // namespace fastopt

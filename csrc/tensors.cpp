@@ -1,7 +1,5 @@
 #include "tensors.h"
 
-#include <cstring>
-
 namespace fastopt {
 
 bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype) {
@@ -53,12 +51,9 @@ bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
 Tracked track(PyObject* tensor) {
   c10::TensorImpl* impl = impl_of(tensor);
   if (impl->has_storage() && is_copied_on_write(impl->unsafe_storage().unsafeGetStorageImpl())) impl->mutable_data();
+  data_of(impl);  // raises where there is no memory to be seen
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  // The counter itself is private, and 16 bytes into an object that is too; only a prefetch takes its address, and any
-  // address will do for that.
-  const char* version;
-  std::memcpy(&version, static_cast<const void*>(&impl->version_counter()), sizeof version);
-  return {tensor, impl, storage, version + 16, data_of(impl), impl->dtype(), impl->is_contiguous(), {}, {}};
+  return {tensor, impl, storage, impl->version_counter(), address_of(impl), impl->dtype(), impl->is_contiguous(), {}, {}};
 }
 
 Ref within(PyObject* tensor) {

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/COWDeleter.h>
 
+#include <cstring>
+
 #include "device.h"
 #include "python.h"
 
@@ -15,7 +17,7 @@ struct Tracked {
   PyObject* object;  // not kept alive
   c10::TensorImpl* impl;
   const c10::StorageImpl* storage;
-  const void* version;  // where it counts
+  c10::VariableVersion version;  // the tensor's own counter
   void* data;
   caffe2::TypeMeta type;
   bool contiguous;
@@ -33,23 +35,45 @@ inline void prefetch_object(const PyObject* tensor) {  // its pointer to the imp
   __builtin_prefetch(reinterpret_cast<const char*>(tensor) + sizeof(PyObject));
 }
 inline void prefetch_tensor_head(const c10::TensorImpl* impl) {  // storage, autograd's data, version
-  prefetch_between(impl, 0, 47);
+  prefetch_between(impl, 16, 47);
 }
-inline void prefetch_sizes(const c10::TensorImpl* impl) { prefetch_between(impl, 48, 111); }
+inline void prefetch_meta(const void* meta) { prefetch_between(meta, 0, 47); }  // autograd's data: type, name, gradient
+inline void prefetch_sizes(const c10::TensorImpl* impl) { prefetch_between(impl, 56, 79); }  // of two dimensions
 inline void prefetch_tensor(const c10::TensorImpl* impl) {  // the head, and offset, count, type, flags and keys
   prefetch_tensor_head(impl);
   prefetch_between(impl, sizeof(c10::TensorImpl) - 32, sizeof(c10::TensorImpl) - 1);
 }
 inline void prefetch_storage(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 63); }  // address, flags
+inline void prefetch_address(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 39); }  // without flags
+
+// Which counter it is. The counter itself is private: it is told apart by its address, and counts 16 bytes into it,
+// which only a prefetch relies on.
+inline const char* identity(const c10::VariableVersion& version) {
+  static_assert(sizeof version == sizeof(char*));
+  const char* counter;
+  std::memcpy(&counter, static_cast<const void*>(&version), sizeof counter);
+  return counter;
+}
+inline void prefetch_count(const c10::VariableVersion& version) { __builtin_prefetch(identity(version) + 16, 1); }
 
 // Without dtype or kind. The tensor will be written to: memory that it shares until then becomes its own.
 Tracked track(PyObject* tensor);
 
 inline void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
 
+// What a storage holds, without asking whether it may be looked at.
+inline const c10::DataPtr& memory_of(const c10::StorageImpl* storage) {
+  return const_cast<c10::StorageImpl*>(storage)->_mutable_data_ptr_no_checks();
+}
+// Where a tensor's first element is, or would be.
+inline void* address_of(const c10::TensorImpl* impl) {
+  const auto offset = impl->storage_offset() * static_cast<int64_t>(impl->dtype().itemsize());
+  return static_cast<char*>(memory_of(impl->unsafe_storage().unsafeGetStorageImpl()).get()) + offset;
+}
+
 // Whether a storage shares its memory with others until one of them is written to.
 inline bool is_copied_on_write(const c10::StorageImpl* storage) {
-  return storage->data_ptr().get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
+  return memory_of(storage).get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % alignment == 0; }
@@ -59,7 +83,8 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 inline bool unchanged(const Tracked& tensor) {
   const c10::TensorImpl* impl = impl_of(tensor.object);
   return impl == tensor.impl && impl->unsafe_storage().unsafeGetStorageImpl() == tensor.storage &&
-         impl->data() == tensor.data && impl->dtype() == tensor.type && impl->is_contiguous() == tensor.contiguous &&
+         identity(impl->version_counter()) == identity(tensor.version) && impl->dtype() == tensor.type &&
+         address_of(impl) == tensor.data && impl->is_contiguous() == tensor.contiguous &&
          !is_copied_on_write(tensor.storage);
 }
 
@@ -86,9 +111,9 @@ uint64_t fingerprint(c10::IntArrayRef sizes);
 // Whether two tensors have the same sizes and, where it matters, the same strides.
 bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b);
 
-// Counts a change of the tensor, for autograd.
-inline void bump(c10::TensorImpl* impl) {
-  if (impl->version_counter().enabled()) impl->bump_version();
+// Counts a change of a tensor, for autograd; one that was made in inference mode has no counter.
+inline void bump(c10::VariableVersion& version) {
+  if (version.enabled()) version.bump();
 }
 
 }  // namespace fastopt

@@ -204,7 +204,7 @@ class Plan:
     def _step_on(self, devices: list[int], own_streams: list[int], optimizer: dict[str, Any]) -> bool:
         streams = list(map(self._memory.stream, devices))
         # On another stream, the tables' memory must be told of it.
-        return streams == own_streams and self._core.step(optimizer, streams)
+        return streams == own_streams and self._core.step(optimizer, *streams)
 
     @property
     def launches(self) -> int:
