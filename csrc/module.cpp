@@ -51,7 +51,8 @@ void collectable(PyHeapTypeObject* heap_type) {
 }
 
 // Plan.step(optimizer, *streams): Plan::step of the optimizer whose __dict__ is given. By hand, for in a training
-// nothing of pybind11's way to a function is left in the caches: of a single tensor's step that was a quarter (AMD EPYC).
+// nothing of pybind11's way to a function is left in the caches: of a single tensor's step that was a quarter (AMD
+// EPYC).
 PyObject* step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   try {
     if (count < 1 || !PyDict_Check(arguments[0])) throw std::invalid_argument("fastopt: step() wants a dict first");

@@ -18,8 +18,9 @@ namespace {
 // all of its threads or none.
 constexpr int64_t examine_alone = 200, examine_grain = 50;
 // How many entries ahead cache lines are asked for: what is known by address, then gradients, then their storages; in
-// the pass that changes something, what counts its changes, then elements.
-constexpr size_t far = 32, near = 16, nearer = 8;
+// the pass that changes something, what counts its changes, then elements. A look at an entry takes some 28 lines: what
+// is asked for much earlier has left the nearest cache, of 512 lines, before it is used.
+constexpr size_t far = 12, near = 6, nearer = 3;
 constexpr size_t counts_ahead = 8, data_ahead = 2;
 constexpr size_t groups_ahead = 8;
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile

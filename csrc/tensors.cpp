@@ -53,7 +53,8 @@ Tracked track(PyObject* tensor) {
   if (impl->has_storage() && is_copied_on_write(impl->unsafe_storage().unsafeGetStorageImpl())) impl->mutable_data();
   data_of(impl);  // raises where there is no memory to be seen
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  return {tensor, impl, storage, impl->version_counter(), address_of(impl), impl->dtype(), impl->is_contiguous(), {}, {}};
+  return {tensor, impl, storage, impl->version_counter(), address_of(impl), impl->dtype(), impl->is_contiguous(),
+          {},     {}};
 }
 
 Ref within(PyObject* tensor) {
