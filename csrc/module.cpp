@@ -55,14 +55,15 @@ void collectable(PyHeapTypeObject* heap_type) {
 // EPYC).
 PyObject* step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   try {
-    if (count < 1 || !PyDict_Check(arguments[0])) throw std::invalid_argument("fastopt: step() wants a dict first");
+    Plan* const plan = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr<Plan>();
+    if (!plan || count < 1 || !PyDict_Check(arguments[0]))
+      throw std::invalid_argument("fastopt: Plan.step() wants a plan and an optimizer's dict");
     std::vector<Plan::DeviceStep> steps;
     for (Py_ssize_t i = 1; i < count; ++i) {
       steps.push_back({PyLong_AsVoidPtr(arguments[i]), nullptr, nullptr});
       if (PyErr_Occurred()) return nullptr;
     }
-    auto* instance = reinterpret_cast<py::detail::instance*>(self);
-    return PyBool_FromLong(instance->get_value_and_holder().value_ptr<Plan>()->step(arguments[0], steps));
+    return PyBool_FromLong(plan->step(arguments[0], steps));
   } catch (const fastopt::PythonError&) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();

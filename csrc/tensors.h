@@ -67,8 +67,9 @@ inline const c10::DataPtr& memory_of(const c10::StorageImpl* storage) {
 }
 // Where a tensor's first element is, or would be.
 inline void* address_of(const c10::TensorImpl* impl) {
-  const auto offset = impl->storage_offset() * static_cast<int64_t>(impl->dtype().itemsize());
-  return static_cast<char*>(memory_of(impl->unsafe_storage().unsafeGetStorageImpl()).get()) + offset;
+  const auto offset = static_cast<uintptr_t>(impl->storage_offset()) * impl->dtype().itemsize();
+  void* const storage = memory_of(impl->unsafe_storage().unsafeGetStorageImpl()).get();  // null: released
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(storage) + offset);
 }
 
 // Whether a storage shares its memory with others until one of them is written to.

@@ -165,14 +165,14 @@ def test_strides_changed_at_the_same_address(case: Case, dtype: torch.dtype, bac
 @pytest.mark.parametrize("what", ["parameter", "state"])
 def test_storage_moved_behind_the_tensor(case: Case, dtype: torch.dtype, backend: str, what: str) -> None:
     """FSDP frees a storage and fills it again: the same storage object, its memory elsewhere."""
-    twins = Twins(case, backend, (3000, 8))
+    twins = Twins(case, backend, (1000, 8))
     twins.step(2)
     p = twins.ours[0]
     for _ in range(3):
         t = p if what == "parameter" else next(v for v in twins.optimizer.state[p].values() if v.dim())
         values, storage, size = t.detach().clone(), t.untyped_storage(), t.untyped_storage().nbytes()
         storage.resize_(0)
-        taken = torch.full((3000,), 7.0)  # likely where the values were
+        taken = torch.full((1000,), 7.0)  # likely where the values were
         storage.resize_(size)
         with torch.no_grad():
             t.copy_(values)
@@ -300,21 +300,21 @@ def _spoil(p: torch.nn.Parameter, state: dict[str, Any], what: str) -> None:
     elif what == "state shrunk in place":
         state[key].resize_(5)
     elif what == "state on meta":
-        state[key] = torch.zeros(4096, device="meta")
+        state[key] = torch.zeros(1024, device="meta")
     elif what == "state no tensor":
         state[key] = 0.0
     elif what == "state missing":
         del state[key]
     elif what == "state complex":
-        state[key] = torch.zeros(4096, dtype=torch.complex64)
+        state[key] = torch.zeros(1024, dtype=torch.complex64)
     elif what == "parameter longer":
-        p.grad, p.data = None, ramp(5000)
+        p.grad, p.data = None, ramp(1300)
     elif what == "parameter view":
         p.grad, p.data = None, p.data[:100]
     elif what == "parameter reshaped":
-        p.grad, p.data = None, p.data.reshape(64, 64)
+        p.grad, p.data = None, p.data.reshape(32, 32)
     elif what == "step as a vector":
-        state["step"] = torch.zeros(4096)
+        state["step"] = torch.zeros(1024)
     else:
         raise AssertionError(what)
 
@@ -331,13 +331,13 @@ def test_state_that_does_not_fit_raises_and_nothing_else_is_touched(name: str, w
 
     A missing state is created; everything else raises, as it does in torch.
     """
-    p, other = torch.nn.Parameter(ramp(4096)), torch.nn.Parameter(ramp(8))
+    p, other = torch.nn.Parameter(ramp(1024)), torch.nn.Parameter(ramp(8))
     optimizer = getattr(fastopt, name)([p, other], backend=backend)
     for q in (p, other):
         q.grad = torch.ones_like(q)
     optimizer.step()
     _spoil(p, optimizer.state[p], what)
-    guards = [torch.full((4096,), 7.0) for _ in range(64)]
+    guards = [torch.full((1024,), 7.0) for _ in range(64)]
     before, step = other.detach().clone(), optimizer.state[other]["step"].clone()
     p.grad, other.grad = torch.ones_like(p), torch.ones_like(other)
     try:

@@ -343,8 +343,15 @@ def rows_kernel(case: Case, dtype: torch.dtype, target: Target, astray: bool = F
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100] if FULL else [90])
-@pytest.mark.parametrize("dtype", [F32, F64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [  # what a row is stored as makes little difference to how it is made
+        pytest.param(case, dtype, id=f"{case.id}-{name}")
+        for k, case in enumerate(COUNTED)
+        for name, dtype in (("fp32", F32), ("fp64", F64))
+        if FULL or dtype == F32 or k % 6 == 0
+    ],
+)
 def test_rows_kernel(
     case: Case, dtype: torch.dtype, capability: int, target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
