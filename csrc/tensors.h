@@ -34,13 +34,10 @@ inline void prefetch_between(const void* object, size_t first, size_t last) {
 inline void prefetch_object(const PyObject* tensor) {  // its pointer to the implementation
   __builtin_prefetch(reinterpret_cast<const char*>(tensor) + sizeof(PyObject));
 }
-inline void prefetch_tensor_head(const c10::TensorImpl* impl) {  // storage, autograd's data, version
-  prefetch_between(impl, 16, 47);
-}
 inline void prefetch_meta(const void* meta) { prefetch_between(meta, 0, 47); }  // autograd's data: type, name, gradient
 inline void prefetch_sizes(const c10::TensorImpl* impl) { prefetch_between(impl, 56, 79); }  // of two dimensions
-inline void prefetch_tensor(const c10::TensorImpl* impl) {  // the head, and offset, count, type, flags and keys
-  prefetch_tensor_head(impl);
+inline void prefetch_tensor(const c10::TensorImpl* impl) {
+  prefetch_between(impl, 16, 47);  // storage, autograd's data, version; offset, count, type, flags and keys
   prefetch_between(impl, sizeof(c10::TensorImpl) - 32, sizeof(c10::TensorImpl) - 1);
 }
 inline void prefetch_storage(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 63); }  // address, flags
