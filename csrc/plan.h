@@ -141,6 +141,14 @@ class Plan {
   Tracked* tensors(const Entry& entry) { return &tracked_[entry.first]; }
   const Tracked* tensors(const Entry& entry) const { return &tracked_[entry.first]; }
   static int counters_at(const Entry& entry) { return 1 + entry.slot_count; }
+  // What of `sync` is a group's.
+  static PyObject* asked(PyObject* sync, size_t group) {
+    return sync == Py_None ? Py_False : PyList_GET_ITEM(sync, static_cast<Py_ssize_t>(group));
+  }
+  // Who has kernels of his own tells by a gradient's address whether there is one. That of an empty one nobody follows.
+  static const void* present_at(const void* gradient) {
+    return gradient ? gradient : reinterpret_cast<const void*>(16);
+  }
 
   Ref setting_of(PyObject* dict, bool* immutable);
   Verdict inspect(PyObject* groups, PyObject* state, PyObject* sync);

@@ -11,6 +11,11 @@ import contextlib
 import functools
 import inspect
 import math
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +25,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SENTINEL = 7.0
 INT_VIEW = {
     torch.float32: torch.int32,
@@ -92,7 +98,7 @@ def _specials(dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # a scenario's are the same for every case
 def values(spec: Spec, seed: int, dtype: torch.dtype, what: str) -> Tensor:
     """The parameter (what = "p") or one step's gradient (what = "g"), contiguous."""
     if spec.kind == "special":
@@ -109,6 +115,25 @@ def values(spec: Spec, seed: int, dtype: torch.dtype, what: str) -> Tensor:
         if spec.grad_layout == "expanded":
             x = x[:1].expand(spec.shape)
     return x.to(dtype).contiguous()
+
+
+def ramp(n: int) -> Tensor:
+    return torch.linspace(-1, 1, n)
+
+
+def wave(shape: Any, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A gradient, another one at every step."""
+    return torch.cos(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * 0.7 + step).reshape(shape).to(dtype)
+
+
+def python(script: str, **environment: str) -> str:
+    """What the script prints, which must end well, in a process of its own on one thread."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=variables, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr or f"exit status {result.returncode}"
+    return result.stdout
 
 
 class Built:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -15,16 +16,13 @@ import oracles
 import pytest
 import torch
 from cases import TORCH_CASES, TORCH_NAMES, Case, backends, by_id, parametrize
-from harness import Built, Scenario, Spec, assert_same, snapshot, states_in_order
+from harness import Built, Scenario, Spec, assert_same, ramp, snapshot, states_in_order
 
 import fastopt
+from fastopt.backends import native
 
 native_only = pytest.mark.parametrize("backend", backends(["native"]))
 SCENARIO = Scenario("convert", (Spec((33,)), Spec((4, 5)), Spec((9,), absent=frozenset({0, 1, 6}))), steps=12)
-
-
-def ramp(n: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, n)
 
 
 def params(*sizes: int, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -345,6 +343,17 @@ def test_info_says_why_a_torch_built_for_cuda_has_no_device(monkeypatch: pytest.
     assert "none that torch can use" in str(info)
     assert info.backends["cuda", "native"]
     assert "cuda" not in info.chosen
+
+
+@pytest.mark.skipif(not fastopt.backends.available("native"), reason="the compiled extension is not there")
+@pytest.mark.parametrize("device", [False, True])
+def test_a_compiler_is_advised_only_where_there_is_a_gpu(device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most laptops have a torch for CUDA and no device."""
+    monkeypatch.setattr(native, "_load", lambda: (types.SimpleNamespace(has_cuda=lambda: False), ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    reason = native.why_not("cuda")
+    assert ("nvcc" in reason) == device
+    assert ("torch sees no CUDA device" in reason) != device
 
 
 def test_info_from_the_command_line() -> None:

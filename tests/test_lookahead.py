@@ -18,7 +18,7 @@ import oracles
 import pytest
 import torch
 from cases import TORCH_CASES, Case, backends, parametrize
-from harness import difference
+from harness import difference, ramp, wave
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fastopt
@@ -43,15 +43,6 @@ INNER: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 each_inner = pytest.mark.parametrize("inner", INNER)
 each_backend = pytest.mark.parametrize("backend", backends())
-
-
-def ramp(n: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, n)
-
-
-def wave(shape: Any, step: int) -> torch.Tensor:
-    n = torch.Size(shape).numel()
-    return torch.cos(torch.arange(n) * 0.7 + step).reshape(shape)
 
 
 def params() -> list[torch.nn.Parameter]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import backends
-from harness import difference
+from harness import difference, ramp, wave
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fastopt
@@ -20,15 +20,6 @@ import fastopt
 pytestmark = pytest.mark.contract("ranger", optimizers="Ranger")
 
 each_backend = pytest.mark.parametrize("backend", backends())
-
-
-def ramp(n: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, n)
-
-
-def wave(shape: Any, step: int) -> torch.Tensor:
-    n = torch.Size(shape).numel()
-    return torch.cos(torch.arange(n) * 0.7 + step).reshape(shape)
 
 
 def params() -> list[torch.nn.Parameter]:

@@ -39,7 +39,7 @@ INTERPRETED = {
     "chains l to z": ("tests/interpreted.py", "-k", "test_fp32 and not (sgd or rmsprop or ada)"),
     "the kernels": ("tests/interpreted.py", "-k", "of_kernels"),
     "the rest": ("tests/interpreted.py", "-k", "not test_fp32 and not of_kernels"),
-    "live changes": ("tests/test_live.py", "-k", "triton"),
+    "live changes": ("tests/test_live.py", "tests/test_failing_steps.py", "tests/test_compile.py", "-k", "triton"),
     "whole steps": ("tests/test_whole_step.py", "-k", "not every_rule and not counted_once"),
     "rows of kernels": ("tests/interpreted_rows.py", "-k", "rows_made"),
     "counted steps": ("tests/interpreted_rows.py", "-k", "not rows_made"),

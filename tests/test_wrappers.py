@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import os
 import pathlib
 import pickle
-import subprocess
-import sys
 import textwrap
 import threading
 import types
@@ -25,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from cases import TORCH_NAMES, Case, backends, by_id, parametrize
-from harness import difference
+from harness import difference, python
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fastopt
@@ -533,16 +530,6 @@ def test_one_step_in_another_thread_each_time() -> None:
         thread.join()
 
     twins.step(6, step)
-
-
-def python(script: str, **env: str) -> str:
-    root = pathlib.Path(fastopt.__file__).resolve().parents[1]
-    variables = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **env}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env=variables, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 PROCESSES = """

@@ -6,10 +6,16 @@ has neither power nor remainder of float64 (here they are libm's, as Python's);
 here those operations get the meaning that they have in the compiled kernels (test_triton_compiled.py reads it from
 their PTX: fma.rn, cvt.rn). Nothing of ours is replaced, but launches are made small, so that small tensors have chunks,
 tails and long slices.
+
+What it does again and again is remembered, and 32-bit integers are not watched for overflow (of what has hundreds of
+elements nothing overflows; test_triton.py and test_device_plan.py look at offsets beyond): two thirds of the time.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import math
 import operator
 import os
@@ -67,12 +73,40 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
+_dtypes: dict[Any, Any] = {}
+
+
+def _np_dtype(dtype: Any) -> Any:
+    kind = dtype.scalar
+    if kind.is_ptr():
+        return np.dtype(np.uint64)
+    if kind not in _dtypes:
+        _dtypes[kind] = _interpreted_dtype(kind)
+    return _dtypes[kind]
+
+
+@functools.cache
+def _builtins(package: Any) -> list[tuple[str, Any]]:
+    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    for name, member in _builtins(package):
+        interpreter._patch_attr(package, name, member, builder, scope)
+
+
 _interpreted_call = interpreter.InterpretedFunction.__call__
 _interpreted_cast = interpreter.InterpreterBuilder.cast_impl
+_interpreted_dtype = interpreter._get_np_dtype
 _interpreted_tensor = interpreter._patch_lang_tensor
 libdevice.pow, libdevice.fmod = _of_host(operator.pow), _of_host(math.fmod)
 interpreter.InterpreterBuilder.create_fma = _fma
 interpreter.InterpreterBuilder.cast_impl = _cast
+interpreter._get_np_dtype = _np_dtype
+interpreter._patch_builtin = _patch_builtins
 interpreter._patch_lang_tensor = _patch_tensor
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
 interpreter.InterpretedFunction.__call__ = _call
 tables.TILE = tables.Tile(chunk=64, block=32, warps=1, longest=64)

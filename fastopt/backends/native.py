@@ -78,6 +78,8 @@ def why_not(device: str = "cpu") -> str:
     if device != "cuda":
         return f"the native backend has no {device} kernels"
     if not module.has_cuda():
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device (and the compiled extension was built without CUDA kernels)"
         return (
             "the compiled extension was built without CUDA kernels: put nvcc on PATH (or set CUDA_HOME), set "
             "FASTOPT_CUDA=1, then " + _REBUILD

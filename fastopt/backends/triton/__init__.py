@@ -44,7 +44,9 @@ def why_not(device: str = "cpu") -> str:
         return f"the Triton backend has no {device} kernels"
     if device == "cuda" and interpreting:
         return "TRITON_INTERPRET=1 is set, which runs Triton's kernels on the CPU: unset it"
-    return _why_not_triton() or (_why_not_cuda() if device == "cuda" else _why_not_interpreter())
+    if device == "cpu":
+        return _why_not_triton() or _why_not_interpreter()
+    return _why_not_cuda() or _why_not_triton()  # in this order, or Triton is imported where it has nothing to do
 
 
 @cache

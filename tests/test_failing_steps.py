@@ -1,0 +1,216 @@
+"""Steps that cannot be taken: they say so, nothing has moved or was counted, and the repeated step is the true one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from cases import Case, backends, by_id, parametrize
+from harness import difference, python, ramp, wave
+
+import fastopt
+
+native_only = pytest.mark.parametrize("backend", backends(["native"]))
+each_backend = pytest.mark.parametrize("backend", backends())
+
+
+def _spoil(p: torch.nn.Parameter, state: dict[str, Any], what: str) -> None:
+    key = "exp_avg"
+    if what == "state shorter":
+        state[key] = torch.zeros(5)
+    elif what == "state shrunk in place":
+        state[key].resize_(5)
+    elif what == "state on meta":
+        state[key] = torch.zeros(1024, device="meta")
+    elif what == "state no tensor":
+        state[key] = 0.0
+    elif what == "state missing":
+        del state[key]
+    elif what == "state complex":
+        state[key] = torch.zeros(1024, dtype=torch.complex64)
+    elif what == "parameter longer":
+        p.grad, p.data = None, ramp(1300)
+    elif what == "parameter view":
+        p.grad, p.data = None, p.data[:100]
+    elif what == "parameter reshaped":
+        p.grad, p.data = None, p.data.reshape(32, 32)
+    elif what == "step as a vector":
+        state["step"] = torch.zeros(1024)
+    else:
+        raise AssertionError(what)
+
+
+@pytest.mark.contract("memory", difference="failing steps")
+@pytest.mark.parametrize("what", [
+    "state shorter", "state shrunk in place", "state on meta", "state no tensor", "state missing", "state complex",
+    "parameter longer", "parameter view", "parameter reshaped", "step as a vector",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["Adam", "RAdam"])
+@each_backend
+def test_state_that_does_not_fit_raises_and_nothing_else_is_touched(name: str, what: str, backend: str) -> None:
+    """A kernel that trusted an old size would write past the end: neighbours in memory must stay as they are.
+
+    A missing state is created; everything else raises, as it does in torch.
+    """
+    p, other = torch.nn.Parameter(ramp(1024)), torch.nn.Parameter(ramp(8))
+    optimizer = getattr(fastopt, name)([p, other], backend=backend)
+    for q in (p, other):
+        q.grad = torch.ones_like(q)
+    optimizer.step()
+    _spoil(p, optimizer.state[p], what)
+    guards = [torch.full((1024,), 7.0) for _ in range(64)]
+    before, step = other.detach().clone(), optimizer.state[other]["step"].clone()
+    p.grad, other.grad = torch.ones_like(p), torch.ones_like(other)
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        assert torch.equal(other.detach(), before), "the other parameter has moved"
+        assert torch.equal(optimizer.state[other]["step"], step), "the other parameter's step was counted"
+    else:
+        assert what == "state missing"
+    assert all((g == 7.0).all() for g in guards)
+
+
+@pytest.mark.contract("memory", optimizers="SGD")
+@pytest.mark.parametrize("size", [50, 5000], ids=["shorter", "longer"])
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@each_backend
+def test_gradient_of_another_size_raises(what: str, size: int, backend: str) -> None:
+    """p.data (or p.grad.data) was exchanged and the other is the old one: torch raises, and so must we."""
+    p = torch.nn.Parameter(ramp(1000))
+    optimizer = fastopt.SGD([p], lr=0.1, backend=backend)
+    p.grad = torch.ones(1000)
+    optimizer.step()
+    (p if what == "parameter" else p.grad).data = ramp(size)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+class _OutOfMemory:
+    """Fails the k-th allocation of state, wherever torch or we ask for one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int, backend: str) -> None:
+        self.calls, self.fail_at = 0, fail_at
+        # The reference backend's arithmetic makes tensors of its own, which no step can take back.
+        names = ("zeros_like", "empty_like", "full_like", "clone", "zeros")
+        for name in (*names, "tensor") if backend == "native" else names:
+            monkeypatch.setattr(torch, name, self._counting(getattr(torch, name)))
+        monkeypatch.setattr(torch.Tensor, "clone", self._counting(torch.Tensor.clone))
+
+    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.fail_at:
+                raise torch.OutOfMemoryError("injected")
+            return function(*args, **kwargs)
+
+        return call
+
+
+STATEFUL = by_id("sgd-momentum", "rmsprop-everything", "adam-amsgrad", "nadam", "radam", "ranger", "lookahead-adam")
+
+
+@pytest.mark.contract("memory", difference="failing steps")
+@parametrize(STATEFUL, ("fp32",))
+def test_out_of_memory_at_every_allocation_of_state(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The step fails at its k-th allocation, for every k; nothing has moved, and the repeated step is the true one."""
+    fail_at = 0
+    while True:
+        fail_at += 1
+        assert fail_at < 60, "no step ever succeeded"
+        ours, theirs = ([torch.nn.Parameter(ramp(n)) for n in (9, 5, 12)] for _ in range(2))
+        optimizer, oracle = case.make(ours, backend), case.oracle(theirs)
+        for params, o in ((ours, optimizer), (theirs, oracle)):
+            params[0].grad = wave((9,), 0)  # this one has its state already
+            o.step()
+            for i, p in enumerate(params):
+                p.grad = wave(p.shape, i)
+        before = [p.detach().clone() for p in ours]
+        with pytest.MonkeyPatch.context() as patch:
+            memory = _OutOfMemory(patch, fail_at, backend)
+            try:
+                optimizer.step()
+            except torch.OutOfMemoryError:
+                failed = True
+            else:
+                failed = False
+        if failed:
+            assert all(torch.equal(p.detach(), q) for p, q in zip(ours, before, strict=True))
+            if "step" in optimizer.state[ours[0]]:
+                assert optimizer.state[ours[0]]["step"] == 1
+            optimizer.step()
+        elif memory.calls >= fail_at:
+            raise AssertionError("an allocation failed unnoticed")
+        oracle.step()
+        for step in (1, 2):
+            for p, q in zip(ours, theirs, strict=True):
+                assert not difference(p.detach(), q.detach())
+                states, expected = optimizer.state[p], oracles.states_of(oracle, q)
+                assert all(torch.equal(states[k], v) for k, v in expected.items())
+                p.grad, q.grad = wave(p.shape, step), wave(p.shape, step)
+            optimizer.step()
+            oracle.step()
+        if not failed:
+            break
+    assert fail_at > 2
+
+
+@pytest.mark.contract("memory", difference="failing steps")
+@native_only
+def test_real_memory_runs_out(backend: str) -> None:
+    """An address-space limit instead of a patched function: whatever allocates the state, in Python or in C++."""
+    script = """
+        import resource, torch, fastopt
+        torch.set_num_threads(1)
+        params = [torch.nn.Parameter(torch.full((n,), 0.5)) for n in (1000, 1 << 24, 1 << 24)]
+        optimizer = fastopt.Adam(params, lr=0.1, backend="native")
+        params[0].grad = torch.ones(1000)
+        optimizer.step()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages + (150 << 20), hard))
+        value = params[0].detach().clone()
+        try:
+            optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            message = str(error)
+        else:
+            raise SystemExit("256 MB of state fitted into 150 MB")
+        assert torch.equal(params[0].detach(), value) and (params[1] == 0.5).all()
+        assert optimizer.state[params[0]]["step"] == 1
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        optimizer.step()
+        assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1, 1]
+        assert ((params[1] - 0.4).abs() < 1e-6).all() and torch.equal(params[1], params[2])
+        print("repeated:", message)
+    """
+    assert "repeated:" in python(script)
+
+
+@pytest.mark.contract("memory")
+@native_only
+@pytest.mark.parametrize("size", [10, 1 << 21], ids=["small", "large"])
+def test_unknown_instruction_set_is_refused_and_nothing_is_counted(size: int, backend: str) -> None:
+    """Whatever fails inside the driver: an exception, never a crash, and no step that was counted but not taken."""
+    script = f"""
+        import torch, fastopt
+        p = torch.nn.Parameter(torch.zeros({size}))
+        p.grad = torch.ones({size})
+        optimizer = fastopt.Adam([p])
+        try:
+            optimizer.step()
+        except (ValueError, RuntimeError) as error:
+            assert "FASTOPT_ISA=nonsense" in str(error), error
+        else:
+            raise SystemExit("FASTOPT_ISA=nonsense was accepted")
+        assert not p.any()
+        assert p not in optimizer.state or optimizer.state[p]["step"] == 0
+    """
+    python(script, FASTOPT_ISA="nonsense")
