@@ -253,12 +253,12 @@ class Engine:
         routing.check_grad_kind(p)
         if p.grad is not None and (reason := routing.why_not_grad(p.grad)):
             return Route(rest, reason, passing=True)
-        chosen = backends.choose(p.device.type, self.asked)
+        chosen = backends.choose(where := str(p.device), self.asked)
         if chosen is None:
-            return Route(rest, backends.why_not("native", p.device.type))
+            return Route(rest, backends.why_not("native", where))
         if chosen == "native" and self.asked is None and (reason := native.lacks(setting, p.device.type)):
             # Not to torch's code: what it does is another rule.
-            if p.device.type != "cuda" or not backends.available("triton", "cuda"):
+            if p.device.type != "cuda" or not backends.available("triton", where):
                 return Route("reference", reason)
             chosen = "triton"
         device = chosen != "reference" and (chosen, p.device.type) != ("native", "cpu")

@@ -57,8 +57,9 @@ def info() -> Info:
         devices["cuda"] = f"{names}, {_cuda_kernels()}"
     elif torch.version.cuda:
         devices["cuda"] = f"none that torch can use, though it was built for CUDA {torch.version.cuda}"
-    reasons = {(device, name): backends.why_not(name, device) for device in devices for name in backends.NAMES}
-    usable = [device for device in devices if device == "cpu" or torch.cuda.is_available()]
+    places = [place for device in devices for place in _places(device)]
+    reasons = {(place, name): backends.why_not(name, place) for place in places for name in backends.NAMES}
+    usable = [place for place in places if place == "cpu" or torch.cuda.is_available()]
     chosen: dict[str, str] = {}
     refused: list[str] = []
     for device in usable:
@@ -70,6 +71,13 @@ def info() -> Info:
                 f"FASTOPT_BACKEND is set, and on {device} every optimizer without a backend= of its own raises: {error}"
             )
     return Info(_versions(), devices, reasons, chosen, tuple(dict.fromkeys(refused)))
+
+
+def _places(device: str) -> list[str]:
+    """GPUs one by one if it is not the same of all that can be said of them."""
+    each = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else []
+    said = {tuple(backends.why_not(name, place) for name in backends.NAMES) for place in each}
+    return each if len(said) > 1 else [device]
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 import fastopt
 from fastopt import backends
-from fastopt.backends import triton
+from fastopt.backends import native, triton
 from fastopt.backends.triton.tables import Bucket, Channel, Entry, Tile, classify, coalesce, item_map
 
 HERE = pathlib.Path(__file__).parent
@@ -95,6 +96,7 @@ importlib.util.find_spec = lambda name, package=None, find=importlib.util.find_s
     None if name == "triton" else find(name, package))
 import torch, fastopt
 torch.cuda.is_available, there = lambda: True, torch.cuda.is_available
+torch.cuda.get_device_capability = lambda index: (9, 0)
 print(fastopt.backends.why_not("triton", "cuda"))
 torch.cuda.is_available = there
 p = torch.nn.Parameter(torch.ones(3))
@@ -136,6 +138,32 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose("cpu", None) is None
     missing.add("triton")
     assert backends.choose("cuda", None) is None
+
+
+@pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
+@needs_triton
+def test_each_gpu_is_judged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them: both backends serve the first, Triton the second, none the last."""
+    module = native.extension()
+    built = types.SimpleNamespace(**{**vars(module), "has_cuda": lambda: True, "cuda_archs": lambda: "90"})
+    monkeypatch.setattr(native, "_load", lambda: (built, ""))
+    monkeypatch.setattr(native, "_why_not_gpu", lambda index: "" if index == 0 else f"not built for cuda:{index}")
+    monkeypatch.setattr(triton, "_why_not_gpu", lambda index: "" if index < 2 else f"cuda:{index} is old")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    assert [backends.choose(device, None) for device in ("cuda:0", "cuda:1", "cuda:2")] == ["native", "triton", None]
+    assert backends.choose("cuda", None) == "native"
+    with pytest.raises(backends.BackendError, match="device 'cuda:1': not built for cuda:1"):
+        backends.choose("cuda:1", "native")
+    info = fastopt.info()
+    assert info.chosen == {"cpu": "native", "cuda:0": "native", "cuda:1": "triton", "cuda:2": "torch"}
+    assert "cuda:2 is old" in str(info)
+    monkeypatch.setattr(native, "_why_not_gpu", lambda index: f"not built for cuda:{index}")
+    assert backends.why_not("native", "cuda") == "not built for cuda:0"
+    assert backends.choose("cuda", None) == "triton"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert fastopt.info().chosen == {"cpu": "native", "cuda": "triton"}
 
 
 def entry(

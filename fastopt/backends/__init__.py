@@ -30,7 +30,10 @@ class BackendError(RuntimeError):
 
 
 def why_not(name: str, device: str = "cpu") -> str:
-    """Why backend `name` cannot run on `device` (a device type), and what to do; empty if it can."""
+    """Why backend `name` cannot run on `device`, and what to do; empty if it can.
+
+    A device is one as torch spells it, "cpu" or "cuda:1", or "cuda": any of the GPUs that torch sees.
+    """
     return _WHY_NOT[checked(name)](device)
 
 
@@ -42,7 +45,7 @@ def unusable(name: str) -> str:
 
 
 def available(name: str, device: str = "cpu") -> bool:
-    """Whether backend `name` can run on `device` (a device type)."""
+    """Whether backend `name` can run on `device`, as for `why_not`."""
     return not why_not(name, device)
 
 
@@ -61,7 +64,7 @@ def wish(explicit: str | None) -> str | None:
 
 
 def choose(device: str, asked: str | None) -> str | None:
-    """The backend for `device`; None where torch's own code is the best there is.
+    """The backend for `device`, as for `why_not`; None where torch's own code is the best there is.
 
     The reference backend is an oracle: correct everywhere, but slower than torch's own code, so it is never chosen
     over it.
@@ -72,4 +75,4 @@ def choose(device: str, asked: str | None) -> str | None:
         return asked
     if available("native", device):
         return "native"
-    return "triton" if device == "cuda" and available("triton", device) else None
+    return "triton" if device.startswith("cuda") and available("triton", device) else None

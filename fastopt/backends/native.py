@@ -75,7 +75,7 @@ def why_not(device: str = "cpu") -> str:
     module, reason = _load()
     if module is None or device == "cpu":
         return reason
-    if device != "cuda":
+    if not device.startswith("cuda"):
         return f"the native backend has no {device} kernels"
     if not module.has_cuda():
         if not torch.cuda.is_available():
@@ -84,16 +84,22 @@ def why_not(device: str = "cpu") -> str:
             "the compiled extension was built without CUDA kernels: put nvcc on PATH (or set CUDA_HOME), set "
             "FASTOPT_CUDA=1, then " + _REBUILD
         )
-    return _why_not_cuda()
+    return of_gpu(device, _why_not_gpu)
+
+
+def of_gpu(device: str, why_not_gpu: Callable[[int], str]) -> str:
+    """What is against "cuda:1", or against all GPUs there are: of "cuda" one that can be served is enough."""
+    index = device.partition(":")[2]
+    reasons = [why_not_gpu(i) for i in ([int(index)] if index else range(max(1, torch.cuda.device_count())))]
+    return reasons[0] if all(reasons) else ""
 
 
 @cache
-def _why_not_cuda() -> str:
-    """What the driver and each device have against the kernels that were built."""
+def _why_not_gpu(index: int) -> str:
+    """What the driver and the device have against the kernels that were built."""
     module = extension()
     assert module is not None
-    reasons = (module.cuda_why_not(index) for index in range(max(1, torch.cuda.device_count())))
-    reason: str = next(filter(None, reasons), "")
+    reason: str = module.cuda_why_not(index)
     return reason or ("" if torch.cuda.is_available() else "this torch was built without CUDA")
 
 

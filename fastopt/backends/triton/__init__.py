@@ -36,17 +36,18 @@ def make_plan(names: native.Names, setting_of: Callable[[Mapping[str, Any]], Set
 
 
 def why_not(device: str = "cpu") -> str:
-    """Why Triton cannot serve a device type; on the CPU only its interpreter can, for tests."""
+    """Why Triton cannot serve a device, or a kind of devices; on the CPU only its interpreter can, for tests."""
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    if device == "cpu" and not interpreting:
-        return "Triton compiles for GPUs (its interpreter runs on a CPU, for tests: set TRITON_INTERPRET=1)"
-    if device not in ("cpu", "cuda"):
-        return f"the Triton backend has no {device} kernels"
-    if device == "cuda" and interpreting:
-        return "TRITON_INTERPRET=1 is set, which runs Triton's kernels on the CPU: unset it"
     if device == "cpu":
+        if not interpreting:
+            return "Triton compiles for GPUs (its interpreter runs on a CPU, for tests: set TRITON_INTERPRET=1)"
         return _why_not_triton() or _why_not_interpreter()
-    return _why_not_cuda() or _why_not_triton()  # in this order, or Triton is imported where it has nothing to do
+    if not device.startswith("cuda"):
+        return f"the Triton backend has no {device} kernels"
+    if interpreting:
+        return "TRITON_INTERPRET=1 is set, which runs Triton's kernels on the CPU: unset it"
+    # In this order, or Triton is imported where it has nothing to do.
+    return native.of_gpu(device, _why_not_gpu) or _why_not_triton()
 
 
 @cache
@@ -72,12 +73,11 @@ def _why_not_interpreter() -> str:
 
 
 @cache
-def _why_not_cuda() -> str:
+def _why_not_gpu(index: int) -> str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip:
         return "the Triton backend was never run on ROCm"
-    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
-    if old:
-        return f"CUDA device {old[0]} ({torch.cuda.get_device_name(old[0])}) is older than compute capability 8.0"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return f"CUDA device {index} ({torch.cuda.get_device_name(index)}) is older than compute capability 8.0"
     return ""
