@@ -209,9 +209,10 @@ bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {
   }
   for (PyObject* name : names().given)
     if (PyDict_GetItemWithError(optimizer, name)) return false;
-  PyObject* const groups = PyDict_GetItemWithError(optimizer, names().param_groups);
-  PyObject* const state = PyDict_GetItemWithError(optimizer, names().state);
-  if (!groups || !state || gather(groups, state, Py_None) != Verdict::ready) return false;
+  // Held, for another thread may exchange them while this one waits for its turn.
+  const Ref groups(PyDict_GetItemWithError(optimizer, names().param_groups));
+  const Ref state(PyDict_GetItemWithError(optimizer, names().state));
+  if (!groups || !state || gather(groups.get(), state.get(), Py_None) != Verdict::ready) return false;
   launch(steps);
   return true;
 }

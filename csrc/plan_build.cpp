@@ -22,7 +22,7 @@ bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& sl
     const c10::TensorImpl *impl = impl_of(object), *p = tensors(entry)->impl;
     Tracked slot = track(object);
     if (!is_plain(impl) || !dtype_of(impl, &slot.dtype) || impl->sizes() != p->sizes() || impl->device() != p->device())
-      throw std::invalid_argument("fastopt: a state tensor does not match its parameter");
+      throw std::invalid_argument("fastopt: a state is not plain memory of its parameter's shape on its device");
     tracked_.push_back(std::move(slot));
   }
   return true;
@@ -134,6 +134,8 @@ void Plan::plan_device(Entry& entry) {
                                       : wrapped_.back().grad ? impl_of(wrapped_.back().grad.get())
                                                              : nullptr;
   entry.g_dtype = memory->dtype;
+  if (grad && is_plain(grad) && is_copied_on_write(grad->unsafe_storage().unsafeGetStorageImpl()))
+    const_cast<c10::TensorImpl*>(grad)->mutable_data();  // makes the memory its own
   if (grad && is_plain(grad) && grad->sizes() == p->sizes() && dtype_of(grad, &entry.g_dtype)) {
     if (entry.layout || !same_strides(p, grad)) layout_with(entry, grad->strides());
     if (!is_aligned(grad->data())) misaligned_.insert(entry.param.get());

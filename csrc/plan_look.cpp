@@ -99,6 +99,7 @@ void Plan::look(const Entry& entry, Found& found) const {
 bool Plan::check_grad(const Entry& entry, Found& found) const {
   const c10::TensorImpl *p = tensors(entry)->impl, *grad = found.grad;
   if (!is_plain(grad) || !dtype_of(grad, &found.dtype) || grad->sizes() != p->sizes()) return false;
+  if (grad->device() != p->device()) return false;
   if (entry.device >= 0 && !fits_table(entry, found)) return false;
   found.flat = !entry.layout && ((tensors(entry)->contiguous && grad->is_contiguous()) || same_strides(p, grad));
   found.data = grad->data();
@@ -108,7 +109,8 @@ bool Plan::check_grad(const Entry& entry, Found& found) const {
 // Whether a gradient is of the kind that a device's table says it is.
 bool Plan::fits_table(const Entry& entry, const Found& found) const {
   const c10::TensorImpl *p = tensors(entry)->impl, *grad = found.grad;
-  if (found.dtype != entry.g_dtype || grad->device() != p->device()) return false;
+  if (found.dtype != entry.g_dtype) return false;
+  if (is_copied_on_write(grad->unsafe_storage().unsafeGetStorageImpl())) return false;  // unscaled where it lies
   if (entry.aligned && !is_aligned(grad->data())) return false;
   if (entry.layout) return grad->strides() == c10::IntArrayRef(entry.layout->strides[1]);
   return (tensors(entry)->contiguous && grad->is_contiguous()) || same_strides(p, grad);
@@ -121,7 +123,7 @@ void Plan::prefetch(const Entry& entry) const {
   for (int k = 0; k < counters + entry.counter_count; ++k) {
     prefetch_object(tensor[k].object);
     prefetch_tensor(tensor[k].impl);
-    prefetch_address(tensor[k].storage);
+    prefetch_storage(tensor[k].storage);
     if (k >= counters) __builtin_prefetch(tensor[k].data, 1);
   }
   prefetch_sizes(tensor[0].impl);

@@ -27,8 +27,7 @@ bool is_plain(const c10::TensorImpl* impl) {
   const c10::DispatchKeySet keys = impl->key_set();
   if (keys == last) return true;
   if (!(impl->device().is_cpu() || impl->device().is_cuda()) || impl->layout() != c10::Layout::Strided ||
-      !impl->has_storage() || keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Conjugate) ||
-      keys.has(c10::DispatchKey::Negative) || keys.has(c10::DispatchKey::ZeroTensor))
+      !impl->has_storage() || is_veiled(impl))
     return false;
   last = keys;
   return true;
@@ -50,8 +49,7 @@ bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
 
 Tracked track(PyObject* tensor) {
   c10::TensorImpl* impl = impl_of(tensor);
-  if (impl->has_storage() && is_copied_on_write(impl->unsafe_storage().unsafeGetStorageImpl())) impl->mutable_data();
-  data_of(impl);  // raises where there is no memory to be seen
+  impl->mutable_data();  // raises where there is no memory, or none to be written to
   const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   return {tensor, impl, storage, impl->version_counter(), address_of(impl), impl->dtype(), impl->is_contiguous(),
           {},     {}};

@@ -41,7 +41,6 @@ inline void prefetch_tensor(const c10::TensorImpl* impl) {
   prefetch_between(impl, sizeof(c10::TensorImpl) - 32, sizeof(c10::TensorImpl) - 1);
 }
 inline void prefetch_storage(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 63); }  // address, flags
-inline void prefetch_address(const c10::StorageImpl* storage) { prefetch_between(storage, 16, 39); }  // without flags
 
 // Which counter it is. The counter itself is private: it is told apart by its address, and counts 16 bytes into it,
 // which only a prefetch relies on.
@@ -58,20 +57,24 @@ Tracked track(PyObject* tensor);
 
 inline void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
 
-// What a storage holds, without asking whether it may be looked at.
-inline const c10::DataPtr& memory_of(const c10::StorageImpl* storage) {
-  return const_cast<c10::StorageImpl*>(storage)->_mutable_data_ptr_no_checks();
-}
-// Where a tensor's first element is, or would be.
+// Where a tensor's first element is, or would be. Raises where torch has blocked the memory, as it does with outputs of
+// a CUDA graph that has run again.
 inline void* address_of(const c10::TensorImpl* impl) {
   const auto offset = static_cast<uintptr_t>(impl->storage_offset()) * impl->dtype().itemsize();
-  void* const storage = memory_of(impl->unsafe_storage().unsafeGetStorageImpl()).get();  // null: released
+  const void* const storage = impl->unsafe_storage().unsafeGetStorageImpl()->data();  // null: released
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(storage) + offset);
 }
 
 // Whether a storage shares its memory with others until one of them is written to.
 inline bool is_copied_on_write(const c10::StorageImpl* storage) {
-  return memory_of(storage).get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
+  return storage->data_ptr().get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
+}
+
+// Whether a tensor's memory is not all there is to it: operations are intercepted, or something is still to be done.
+inline bool is_veiled(const c10::TensorImpl* impl) {
+  constexpr c10::DispatchKeySet keys({c10::DispatchKey::Python, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+                                      c10::DispatchKey::ZeroTensor});
+  return impl->key_set().has_any(keys);
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % alignment == 0; }
@@ -82,7 +85,7 @@ inline bool unchanged(const Tracked& tensor) {
   const c10::TensorImpl* impl = impl_of(tensor.object);
   return impl == tensor.impl && impl->unsafe_storage().unsafeGetStorageImpl() == tensor.storage &&
          identity(impl->version_counter()) == identity(tensor.version) && impl->dtype() == tensor.type &&
-         address_of(impl) == tensor.data && impl->is_contiguous() == tensor.contiguous &&
+         address_of(impl) == tensor.data && impl->is_contiguous() == tensor.contiguous && !is_veiled(impl) &&
          !is_copied_on_write(tensor.storage);
 }
 
@@ -92,8 +95,7 @@ Ref within(PyObject* tensor);
 // The kernels' name of a tensor's dtype; false if they have none.
 bool dtype_of(const c10::TensorImpl* impl, Dtype* dtype);
 
-// Memory that kernels can read: strided, on the CPU or a CUDA device, no subclass that intercepts operations, no
-// pending conjugation or negation.
+// Memory that kernels can read: strided, on the CPU or a CUDA device, not veiled.
 bool is_plain(const c10::TensorImpl* impl);
 
 // The gradient of a tensor; null if it has none.

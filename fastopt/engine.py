@@ -251,7 +251,7 @@ class Engine:
         if reason:
             return Route(rest, reason, passing=reason == routing.RELEASED)
         routing.check_grad_kind(p)
-        if p.grad is not None and (reason := routing.why_not_grad(p.grad)):
+        if p.grad is not None and (reason := routing.why_not_grad(p.grad, p.device)):
             return Route(rest, reason, passing=True)
         chosen = backends.choose(where := str(p.device), self.asked)
         if chosen is None:

@@ -204,5 +204,5 @@ class PythonPlan:
 
 def _reasons(p: Tensor) -> Reasons:
     """What speaks against p and its gradient, and its shape; a plan holds as long as that stays the same."""
-    of_grad = "" if p.grad is None else routing.why_not_grad(p.grad)
+    of_grad = "" if p.grad is None else routing.why_not_grad(p.grad, p.device)
     return routing.why_not_tensor(p), of_grad, None if is_lazy(p) else p.shape

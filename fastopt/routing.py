@@ -119,9 +119,11 @@ def why_not_tensor(p: Tensor) -> str:
     return ""
 
 
-def why_not_grad(g: Tensor) -> str:
-    """Why the kernels do not take a gradient; empty if they do."""
+def why_not_grad(g: Tensor, device: torch.device | None = None) -> str:
+    """Why the kernels do not take a gradient of a parameter on `device`; empty if they do."""
     g = within(g)
+    if device not in (None, g.device):
+        return f"gradient on {g.device}"
     if g.layout != torch.strided:
         return f"gradient of layout {str(g.layout).removeprefix('torch.')}"
     if intercepts(g):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, backends, by_id, parametrize
-from harness import difference
+from harness import difference, python
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -142,6 +142,87 @@ def test_copy_on_write_memory_is_written_once_it_is_our_own(case: Case, dtype: t
         return [*copies, *held(optimizer, ps)]
 
     as_torch(case, backend, program)
+
+
+@pytest.mark.parametrize("backend", backends(["native", "emulated"]))
+def test_a_gradient_is_unscaled_in_memory_of_its_own(backend: str) -> None:
+    """Of a device the kernels do that, where the gradient lies."""
+
+    def program(make: Make) -> list[torch.Tensor]:
+        p, base = nn.Parameter(ramp(64)), torch.full((64,), 8.0)
+        optimizer = make([p])
+        train(optimizer, [p], range(2))
+        p.grad = torch._lazy_clone(base)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+        optimizer.step()
+        return [base, p.grad]
+
+    ours = program(lambda ps: fastopt.Adam(ps, fused=backend == "native", backend=backend))
+    theirs = program(lambda ps: torch.optim.Adam(ps, fused=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@parametrize(by_id("sgd-momentum"), ("fp32",))
+def test_memory_that_is_read_negated_from_now_on(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """What was the parameter is a lazy view of the same memory. (Of a rule without roots: torch's code takes over.)"""
+
+    def program(make: Make) -> list[torch.Tensor]:
+        ps = [nn.Parameter(ramp(9)), nn.Parameter(ramp(9))]
+        optimizer = make(ps)
+        train(optimizer, ps, range(2))
+        ps[0].data = torch._neg_view(ps[0].data)
+        train(optimizer, ps, range(2, 4))
+        return [t.resolve_neg() for t in held(optimizer, ps)]
+
+    as_torch(case, backend, program)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C, "_set_storage_access_error_msg"), reason="only a torch built for CUDA blocks a storage"
+)
+@pytest.mark.parametrize("which", ["parameter", "exp_avg", "step", "gradient"])
+@pytest.mark.parametrize("backend", backends(["native", "emulated"]))
+def test_memory_that_torch_has_blocked(backend: str, which: str) -> None:
+    """As that of a CUDA graph's outputs, once the graph has run again."""
+    p = nn.Parameter(ramp(9))
+    optimizer = fastopt.Adam([p], backend=backend)
+    train(optimizer, [p], range(3))
+    kept = held(optimizer, [p])
+    blocked = {"parameter": p, "gradient": p.grad, **optimizer.state[p]}[which]
+    torch._C._set_storage_access_error_msg(blocked, "overwritten since")
+    with pytest.raises(RuntimeError, match=r"overwritten since\Z"):
+        optimizer.step()
+    others = [q for q in (p, *optimizer.state[p].values()) if q is not blocked]
+    assert sum(any(torch.equal(q, t) for t in kept) for q in others) == len(others)
+
+
+@pytest.mark.parametrize("backend", backends(["native"]))
+def test_states_exchanged_while_another_thread_waits_for_its_step(backend: str) -> None:
+    """One thread steps, another waits for it, a third replaces optimizer.state: the waiting one has to live with it.
+
+    Memory that was freed is overwritten there, so that reading it is a crash."""
+    python(
+        f"""
+        import collections, threading, time, torch, fastopt
+        torch.set_num_threads(1)
+        p = torch.zeros(20_000_000, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        optimizer = fastopt.SGD([p], lr=0.1, backend={backend!r})
+        for _ in range(4):
+            optimizer.state = collections.defaultdict(dict)
+            optimizer.step()
+            optimizer.step()
+            threads = [threading.Thread(target=optimizer.step) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+                time.sleep(0.003)
+            optimizer.state = collections.defaultdict(dict)
+            for thread in threads:
+                thread.join()
+        assert (p < 0).all()
+        """,
+        PYTHONMALLOC="debug",
+    )
 
 
 # Modes that see operators
