@@ -53,7 +53,7 @@ FASTOPT_HD void make_row(const RowsHeader& header, const unsigned char* payload,
   const bool asked = own.group_step ? ::fmod(*own.group_step + 1.0, own.group_period) == 0 : own.asked;
   if (!(code & stepped)) {
     if (!asked) return;
-    const RowResult pull = row_of(own.setting, 0, 0, true, true);
+    const RowResult pull = pull_of(own.setting, 0);
     row.c[0] = pull.c[0];
     row.chain = pull.chain;
     return;

@@ -13,7 +13,7 @@ size_t Memo::slot(const RowKey& key) const {
   std::memcpy(&carry, &key.carry, sizeof carry);
   h = (h ^ t) * 0x9E3779B97F4A7C15u;
   h = (h ^ key.lr ^ (h >> 31)) * 0x94D049BB133111EBu;
-  h = (h ^ carry ^ (h >> 29)) * 0xBF58476D1CE4E5B9u + key.single * 2 + key.sync;
+  h = (h ^ carry ^ (h >> 29)) * 0xBF58476D1CE4E5B9u + key.stepped * 4 + key.single * 2 + key.sync;
   size_t i = (h ^ (h >> 32)) & (table_.size() - 1);
   while (table_[i] >= 0 && !(rows_[table_[i]].first == key)) i = (i + 1) & (table_.size() - 1);
   return i;
@@ -56,7 +56,8 @@ PyObject* row_name() {
 }  // namespace
 
 void compute_row(const RowKey& key, Row& row) {
-  Ref t = Ref::steal(PyFloat_FromDouble(key.t)), carry = Ref::steal(PyFloat_FromDouble(key.carry));
+  Ref t = key.stepped ? Ref::steal(PyFloat_FromDouble(key.t)) : Ref(Py_None);
+  Ref carry = Ref::steal(PyFloat_FromDouble(key.carry));
   Ref result =
       Ref::steal(PyObject_CallMethodObjArgs(key.setting, row_name(), t.get(), carry.get(),
                                             key.single ? Py_True : Py_False, key.sync ? Py_True : Py_False, nullptr));

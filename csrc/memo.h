@@ -25,14 +25,15 @@ struct Row {
 struct RowKey {
   static constexpr uint64_t settings_own = ~uint64_t{0};
   PyObject* setting;
-  double t;      // the step to take, from 1; 0: no gradient, slow weights only
+  double t;      // the step to take
   double carry;  // the second counter's value
   bool single;   // the second counter is float32, and its next value is rounded to it
   bool sync;
+  bool stepped = false;        // else there is no gradient, and slow weights only synchronise
   uint64_t lr = settings_own;  // else the bits of what it is now; of a setting with tensors, when it was looked at
   bool operator==(const RowKey& other) const {
     return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
-           sync == other.sync && lr == other.lr;
+           sync == other.sync && stepped == other.stepped && lr == other.lr;
   }
 };
 

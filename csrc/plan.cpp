@@ -94,6 +94,7 @@ void Plan::activate(Entry& entry, Group& group, Found& found, bool sync) {
   const bool stepped = found.grad != nullptr;
   RowKey key{group.setting.get(), 0, 0, true, sync};
   if (stepped) {
+    key.stepped = true;
     key.t = found.t;
     key.carry = found.carry;
     key.single = entry.counter_count < 2 || tensors(entry)[counters_at(entry) + 1].kind == CounterKind::f32;

@@ -82,11 +82,13 @@ DeviceSetting Plan::device_setting(Group& group, PyObject* sync) {
   return setting;
 }
 
-// The row as rows.h makes it; false where that is not a row of finite numbers: Python then says what is wrong with it.
+// The row as rows.h makes it; false where that is not a row of finite numbers, or of no step that there can be: Python
+// then says what is wrong with it.
 bool Plan::make_row(Group& group, const RowKey& key, Row& row) const {
   if (!group.on_device) read_row_setting(group);
-  if (!group.quick) return false;
-  const RowResult made = row_of(group.row_setting, key.t, key.carry, key.single, key.sync);
+  if (!group.quick || (key.stepped && !(key.t >= 1))) return false;
+  const RowResult made = key.stepped ? row_of(group.row_setting, key.t, key.carry, key.single, key.sync)
+                                     : pull_of(group.row_setting, key.carry);
   if (!std::isfinite(made.carry)) return false;
   for (int i = 0; i < made.count; ++i) {
     if (!std::isfinite(made.c[i])) return false;
@@ -130,7 +132,7 @@ const Row* Plan::row_for(Group& group, RowKey key) {
 // Makes the row that the parameters of a group will want if they go on as in the last step. Then they can take it while
 // they are examined, on whatever thread, and nobody has to look at them again.
 void Plan::foresee(Group& group, bool sync) {
-  group.likely = std::exchange(group.used, false) && group.last_key.t > 0;
+  group.likely = std::exchange(group.used, false) && group.last_key.stepped;
   if (!group.likely) return;
   RowKey key = group.last_key;
   key.setting = group.setting.get();

@@ -204,7 +204,7 @@ FASTOPT_HD double read(const RowSetting& s, int i) {
 template <class Rule>
 inline constexpr int hyper_of = count_words(Rule::hyper);
 
-// Any rule's row at t > 0.
+// Any rule's row at step t.
 template <class Rule>
 FASTOPT_HD void write(const RowSetting& s, double t, double carry, bool single, bool asked, RowResult& row) {
   double h[hyper_of<Rule>];
@@ -244,16 +244,21 @@ struct List {
 using RowRules = rows::List<rows::sgd, rows::momentum, rows::rmsprop, rows::rmsprop_momentum, rows::adagrad, rows::adam,
                             rows::adamax, rows::nadam, rows::radam>;
 
-// The row at step t = 1, 2, ...; t = 0 stands for a tensor without a gradient whose slow weights synchronise. `single`
-// says that the second counter is stored in float32, `asked` that the whole group synchronises.
+// The row at step t = 1, 2, ... (a counter may have been loaded that makes it anything). `single` says that the second
+// counter is stored in float32, `asked` that the whole group synchronises.
 FASTOPT_HD RowResult row_of(const RowSetting& s, double t, double carry, bool single, bool asked) {
+  RowResult row{};
+  RowRules::write(s, t, carry, single, asked, row);
+  row.chain = s.chains[static_cast<int>(row.way)];
+  return row;
+}
+
+// The row of a tensor without a gradient whose slow weights synchronise.
+FASTOPT_HD RowResult pull_of(const RowSetting& s, double carry) {
   RowResult row{};
   row.carry = carry;
   row.way = Way::pull;
-  if (t == 0)
-    rows::append(row, s.alpha);
-  else
-    RowRules::write(s, t, carry, single, asked, row);
+  rows::append(row, s.alpha);
   row.chain = s.chains[static_cast<int>(row.way)];
   return row;
 }

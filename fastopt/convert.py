@@ -83,6 +83,8 @@ def convert(optimizer: Optimizer, cls: type[Optimizer] | None = None, **override
         return optimizer
     if cls is None and isinstance(optimizer, Lookahead):
         raise TypeError("a Lookahead has no hyper-parameters to override here: edit its param_groups")
+    if cls is not None and not isinstance(cls, type):
+        raise TypeError(f"convert() wants a class, such as fastopt.SGD, to hand over to; got {cls!r}")
     if cls is not None and issubclass(cls, Lookahead):
         raise TypeError("Lookahead wraps an optimizer instead of replacing it: fastopt.Lookahead(optimizer)")
     if cls is None and twin(optimizer):

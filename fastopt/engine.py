@@ -250,6 +250,8 @@ class Engine:
             raise RuntimeError(f"capturable=True, but the kernels do not take a parameter on {p.device}: {reason}")
         if reason:
             return Route(rest, reason, passing=reason == routing.RELEASED)
+        if type(p).grad is not Tensor.grad:
+            return Route(rest, f"{type(p).__name__} has a grad of its own")
         routing.check_grad_kind(p)
         if p.grad is not None and (reason := routing.why_not_grad(p.grad, p.device)):
             return Route(rest, reason, passing=True)

@@ -171,7 +171,8 @@ class PythonPlan:
 
     def _item(self, p: Tensor, setting: Setting, state: Mapping[str, Any], asked: bool) -> Work:
         counters = [state[key] for key in setting.rule.counters]
-        t, carry, single = 0.0, 0.0, True
+        t: float | None = None
+        carry, single = 0.0, True
         if p.grad is not None:
             t = counters[0].item() + 1 if counters else 1.0 if id(p) in self._fresh else 2.0
             if len(counters) > 1:
@@ -180,10 +181,11 @@ class PythonPlan:
             for earlier in (work for work in self._work if work.p is p) if id(p) in self._repeated else ():
                 t, carry = t + 1, earlier.row.carry
         row = setting.at(t, carry, single, asked)
-        used = row.chain.state if t else ("slow",)
+        used = ("slow",) if t is None else row.chain.state
         tensors = [state[setting.named_slots[name].key] for name in used]
-        rows = self._takes[id(p)] if t else 0
-        return Work(p, p.grad, setting, row, tensors, rows, counters if t else [])
+        if t is None:
+            return Work(p, p.grad, setting, row, tensors, 0)
+        return Work(p, p.grad, setting, row, tensors, self._takes[id(p)], counters)
 
     @torch.no_grad()
     def launch(self, amp: Amp = NONE) -> None:

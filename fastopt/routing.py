@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -37,7 +38,11 @@ def why_not_setting(setting: Setting, p: Tensor, emulated: bool = False) -> str:
 def operations_are_watched() -> str:
     """Why no kernel may take a step now: a mode is active that wants to see, record or replace every operator, as
     `torch.autograd.graph.allow_mutation_on_saved_tensors` and tracing do; empty if there is none."""
-    return "a TorchDispatchMode is active, which sees torch's operators only" if active_modes() else ""
+    if active_modes():
+        return "a TorchDispatchMode is active, which sees torch's operators only"
+    if forward_ad._current_level >= 0:
+        return "inside a dual_level, where torch's operators carry tangents along"
+    return ""
 
 
 active_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -137,9 +142,15 @@ def why_not_grad(g: Tensor, device: torch.device | None = None) -> str:
     return ""
 
 
+_KEYS = torch._C.DispatchKey
+_INTERCEPTING = torch._C.DispatchKeySet(_KEYS.Python)
+for _key in (_KEYS.FuncTorchGradWrapper, _KEYS.FuncTorchBatched, _KEYS.Functionalize):
+    _INTERCEPTING = _INTERCEPTING | torch._C.DispatchKeySet(_key)
+
+
 def intercepts(t: Tensor) -> bool:
-    """Whether operations on t are dispatched to Python, so that its memory is not the whole truth."""
-    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python) or t.device.type == "meta"
+    """Whether operations on t are dispatched to Python or transformed, so that its memory is not the whole truth."""
+    return bool((torch._C._dispatch_keys(t) & _INTERCEPTING).raw_repr()) or t.device.type == "meta"
 
 
 def _storage_end(t: Tensor) -> int:

@@ -285,17 +285,19 @@ class Setting:
             return self.h
         return SimpleNamespace(**{k: v.item() if isinstance(v, Tensor) else v for k, v in vars(self.h).items()})
 
-    def at(self, t: float, carry: float, single: bool, sync: bool) -> Row:
-        """The row at step t; t = 0 stands for a parameter without a gradient whose slow weights synchronise."""
+    def at(self, t: float | None, carry: float, single: bool, sync: bool) -> Row:
+        """The row at step t; None stands for a parameter without a gradient whose slow weights synchronise."""
         h, rule = self._numbers(), self.rule
-        if t == 0:
+        if t is None:
             return Row(PULL, self._slow_values(h, True), carry)
         carried: Any = rule.carried(h, t, carry, single)
         waits, synchronised = bool(rule.waits(h, t)), bool(self._synchronises(h, t, sync))
         values = (*self._values(h, t, carried, waits), *self._slow_values(h, synchronised))
         return Row(self._chain(waits, synchronised), values, carried)
 
-    def row(self, t: float, carry: float, single: bool, sync: bool) -> tuple[int, int, int, tuple[float, ...], float]:
+    def row(
+        self, t: float | None, carry: float, single: bool, sync: bool
+    ) -> tuple[int, int, int, tuple[float, ...], float]:
         """`at` for the compiled plan: chain index, first slot, number of slots, coefficients, second counter."""
         row = self.at(t, carry, single, sync)
         return self._index(row.chain), self.first_slot(row.chain), len(row.chain.state), row.coefficients, row.carry

@@ -119,7 +119,7 @@ class Counted:
         pulls = self.setting.rule.slow is not None and not self.setting.rule.period(self.setting.h) and self.asked
         assert (found[0] is not None) == pulls
         if found[0] is not None:
-            assert found[0] == Taken(rules.PULL.name, list(self.setting.at(0.0, 0.0, True, True).coefficients))
+            assert found[0] == Taken(rules.PULL.name, list(self.setting.at(None, 0.0, True, True).coefficients))
         for t, carry, taken, p in zip(STEPS, self.before[1:], found[1:], self.params[1:], strict=True):
             want = self.setting.at(float(t), carry, True, self.asked)
             rows = shaken(self.setting, t, carry, self.asked, reach)

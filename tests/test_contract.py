@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import warnings
@@ -491,6 +492,49 @@ def test_pre_hook_may_replace_the_arguments_and_edit_the_group(backend: str) -> 
     optimizer.register_step_pre_hook(lambda o, args, kwargs: "nonsense")
     with pytest.raises(RuntimeError, match="must return None or a tuple"):
         optimizer.step()
+
+
+@pytest.mark.contract("hooks")
+@each_backend
+def test_hooks_are_shown_the_arguments_as_they_were_given(backend: str) -> None:
+    """And may add the closure by name, as to torch's."""
+
+    def run(make: Any) -> list[Any]:
+        p = torch.nn.Parameter(torch.zeros(1))
+        optimizer, seen = make([p], lr=1.0), []
+        handle = optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append((len(args), dict(kwargs))))
+        p.grad = torch.ones(1)
+        optimizer.step()
+        optimizer.step(None)
+        optimizer.step(float)
+        optimizer.step(closure=float)
+        handle.remove()
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: (args, {**kwargs, "closure": lambda: 7.0}))
+        return [*seen, optimizer.step(), p.item()]
+
+    theirs = run(torch.optim.SGD)
+    assert run(functools.partial(fastopt.SGD, backend=backend)) == theirs
+    assert run(lambda ps, lr: fastopt.Lookahead(fastopt.SGD(ps, lr=lr, backend=backend), k=100)) == theirs
+
+
+@pytest.mark.contract("state")
+@each_backend
+def test_a_subclass_that_goes_round_our_constructor(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTOPT_BACKEND", backend)
+
+    def run(base: Any) -> torch.Tensor:
+        class Own(base):  # type: ignore[misc]
+            def __init__(self, params: Any) -> None:
+                torch.optim.Optimizer.__init__(self, params, base([torch.zeros(1)]).defaults)
+
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = Own([p])
+        for _ in range(3):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        return p.detach()
+
+    assert torch.equal(run(fastopt.SGD), run(torch.optim.SGD))
 
 
 @pytest.mark.contract("hooks")

@@ -325,6 +325,11 @@ def test_explain_wants_one_of_ours() -> None:
         fastopt.explain(torch.optim.Adam(params(3)))
 
 
+def test_convert_wants_a_class() -> None:
+    with pytest.raises(TypeError, match=r"such as fastopt.SGD, to hand over to; got 'SGD'"):
+        fastopt.convert(torch.optim.Adam(params(3)), "SGD")  # type: ignore[call-overload]
+
+
 def test_info_names_versions_and_backends_or_reasons() -> None:
     text = str(fastopt.info())
     assert torch.__version__ in text

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -375,6 +376,30 @@ def test_hooks_of_wrapper_and_inner_fire_once_in_order(inner: str) -> None:
 
 
 @pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
+def test_a_hook_that_raises_after_the_step_does_not_undo_its_count() -> None:
+    ps, others = params(), params()
+    optimizer = fastopt.Lookahead(fastopt.SGD(ps, lr=0.1), k=3)
+    optimizer.optimizer.register_step_post_hook(lambda *_: 1 / 0)
+    for step in range(7):
+        for i, p in enumerate(ps):
+            p.grad = wave(p.shape, step + i)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    train(fastopt.Lookahead(fastopt.SGD(others, lr=0.1), k=3), others, 0, 7)
+    assert same(ps, others)
+    assert optimizer.param_groups[0]["lookahead_step"] == 7
+
+
+@pytest.mark.contract("lookahead", optimizers="Lookahead")
+@each_inner
+def test_k_of_numpy(inner: str) -> None:
+    ps, others = params(), params()
+    train(fastopt.Lookahead(INNER[inner](ps), k=np.int64(2)), ps, 0, 5)
+    train(fastopt.Lookahead(INNER[inner](others), k=2), others, 0, 5)
+    assert same(ps, others)
+
+
+@pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
 @each_inner
 def test_hook_that_edits_the_dict(inner: str) -> None:
     """Post-save and pre-load hooks may return another dict."""
@@ -526,6 +551,8 @@ def test_slow_weights_context(inner: str) -> None:
     assert same(ps, fast)
     with optimizer.slow_weights(), pytest.raises(RuntimeError, match="would be undone"):
         optimizer.step()
+    with optimizer.slow_weights(), pytest.raises(RuntimeError, match="would be undone"):
+        optimizer.optimizer.step()
     assert same(ps, fast)
     assert same([optimizer.state[p]["slow_param"] for p in ps], slow)
     free = params()

@@ -105,6 +105,12 @@ def test_bad_values_in_a_group_are_refused(kwargs: dict[str, Any]) -> None:
         fastopt.Ranger([{"params": params(), **kwargs}])
 
 
+def test_defaults_are_arguments_after_loading_too() -> None:
+    optimizer = fastopt.Ranger(params())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert fastopt.Ranger(params(), **optimizer.defaults).defaults == optimizer.defaults
+
+
 @pytest.mark.contract("ranger", "state", optimizers="Ranger")
 @each_backend
 def test_states_and_their_order(backend: str) -> None:

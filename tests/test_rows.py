@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -66,6 +66,10 @@ class Scalar(ctypes.Union):
     _fields_ = (("value", ctypes.c_double), ("address", ctypes.c_void_p))
 
 
+Step: TypeAlias = "float | None"
+"""The step to take; None: no gradient, slow weights only."""
+
+
 class RowSetting(ctypes.Structure):
     _fields_ = (
         ("hyper", Scalar * 6),
@@ -114,8 +118,8 @@ const char* rule_name(int i) { return RowRules::names[i]; }
 const char* rule_hyper(int i) { return RowRules::hyper[i]; }
 int setting_size() { return sizeof(RowSetting); }
 int result_size() { return sizeof(RowResult); }
-void make_row(const RowSetting* s, double t, double carry, bool single, bool asked, RowResult* out) {
-  *out = row_of(*s, t, carry, single, asked);
+void make_row(const RowSetting* s, bool stepped, double t, double carry, bool single, bool asked, RowResult* out) {
+  *out = stepped ? row_of(*s, t, carry, single, asked) : pull_of(*s, carry);
 }
 }
 """
@@ -141,12 +145,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return rows
 
 
-def compiled_row(rows: ctypes.CDLL, setting: Setting, t: float, carry: float, single: bool, asked: bool) -> Any:
+def compiled_row(rows: ctypes.CDLL, setting: Setting, t: Step, carry: float, single: bool, asked: bool) -> Any:
     given = setting.on_device()
     assert given is not None
     result = RowResult()
-    arguments = ctypes.c_double(t), ctypes.c_double(carry), ctypes.c_bool(single), ctypes.c_bool(asked)
-    rows.make_row(ctypes.byref(RowSetting.of(given)), *arguments, ctypes.byref(result))
+    stepped, numbers = ctypes.c_bool(t is not None), (ctypes.c_double(t or 0), ctypes.c_double(carry))
+    flags = ctypes.c_bool(single), ctypes.c_bool(asked)
+    rows.make_row(ctypes.byref(RowSetting.of(given)), stepped, *numbers, *flags, ctypes.byref(result))
     return result
 
 
@@ -155,7 +160,7 @@ def bits(values: Any) -> list[str]:
     return [float(value).hex() for value in values]
 
 
-def check_compiled(rows: ctypes.CDLL, setting: Setting, t: float, carry: float, single: bool, asked: bool) -> None:
+def check_compiled(rows: ctypes.CDLL, setting: Setting, t: Step, carry: float, single: bool, asked: bool) -> None:
     got, want = compiled_row(rows, setting, t, carry, single, asked), setting.at(t, carry, single, asked)
     assert bits(got.c[: got.count]) == bits(want.coefficients), (t, want.chain.name)
     assert got.count == len(want.chain.coefficients)
@@ -185,7 +190,7 @@ def test_compiled_rows_follow_every_step(case: Case, compiled: ctypes.CDLL) -> N
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.lookahead and c.name != "Ranger"], ids=lambda c: c.id)
 def test_compiled_row_of_a_parameter_without_gradient_pulls_it_back(case: Case, compiled: ctypes.CDLL) -> None:
-    check_compiled(compiled, setting_of(case), 0.0, 0.75, True, True)
+    check_compiled(compiled, setting_of(case), None, 0.75, True, True)
 
 
 def test_compiled_rules_have_pythons_names_and_order(compiled: ctypes.CDLL) -> None:
@@ -278,15 +283,15 @@ WORDS: Numbers = {
 """What the functions of a formula mean on the host: `Setting.at` computes the same."""
 
 
-def follow(setting: Setting, t: float, carry: float, single: bool, asked: bool | None, due: Numbers) -> list[Any]:
+def follow(setting: Setting, t: Step, carry: float, single: bool, asked: bool | None, due: Numbers) -> list[Any]:
     """The paths that the formulas choose for a step, each as (chain, first slot, coefficients, second counter)."""
     formulas = setting.formulas(single, asked)
     names = {name: np.float64(due[name] if name in due else number(setting.input(name))) for name in formulas.inputs}
-    names |= {"t": np.float64(t), "carry": np.float64(carry), "stepped": bool(t != 0), **WORDS}
+    names |= {"t": np.float64(t or 0), "carry": np.float64(carry), "stepped": t is not None, **WORDS}
     with np.errstate(all="ignore"):
         for name, text in formulas.lines:
             names[name] = eval(text, {}, names)
-        carried = carry if formulas.carried is None or t == 0 else eval(formulas.carried, {}, names)
+        carried = carry if formulas.carried is None or t is None else eval(formulas.carried, {}, names)
         return [
             (path.chain, path.first_slot, [eval(value, {}, names) for value in path.values], carried)
             for path in formulas.paths
@@ -298,11 +303,11 @@ def number(value: float | Tensor) -> float:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def check_formulas(setting: Setting, t: float, carry: float, single: bool, asked: bool, late: bool) -> None:
+def check_formulas(setting: Setting, t: Step, carry: float, single: bool, asked: bool, late: bool) -> None:
     """`setting.formulas` against `setting.at`, bit for bit; `late`: the group's counter decides whether it is asked."""
     due = {"due_step": 11, "due_period": 4 if asked else 5}
     paths = follow(setting, t, carry, single, None if late else asked, due)
-    if t == 0 and not (asked and setting.rule.slow and not setting.rule.period(setting.h)):
+    if t is None and not (asked and setting.rule.slow and not setting.rule.period(setting.h)):
         assert not paths
         return
     want = setting.at(t, carry, single, asked)
@@ -317,10 +322,10 @@ def check_formulas(setting: Setting, t: float, carry: float, single: bool, asked
 def test_formulas_say_what_numbers_do(case: Case) -> None:
     setting = setting_of(case)
     for single in (True, False):
-        for t, carry in zip((0, *STEPS), [0.75, *carries(setting, STEPS, single)], strict=True):
+        for t, carry in zip((None, *STEPS), [0.75, *carries(setting, STEPS, single)], strict=True):
             for asked in (False, True):
                 for late in (False, True):
-                    check_formulas(setting, float(t), carry, single, asked, late)
+                    check_formulas(setting, None if t is None else float(t), carry, single, asked, late)
 
 
 def test_formulas_differ_where_the_steps_do() -> None:

@@ -7,6 +7,7 @@ returns has to be one of the latter two's.
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import weakref
 from collections import UserDict, deque
@@ -20,6 +21,7 @@ from cases import Case, backends, by_id, parametrize
 from harness import difference, python
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastopt
@@ -548,3 +550,101 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     for one, other in zip(*results, strict=True):
         error = 6 * 4 * torch.finfo(torch.float32).eps  # steps, roundings of what is added to a parameter
         torch.testing.assert_close(one, other, rtol=error, atol=error)
+
+
+# Transformations
+
+
+def functional(make: Make, **options: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A step as a function of the parameter and its gradient."""
+
+    def loss(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        w = w.clone()
+        w.grad = g
+        optimizer = make([w], lr=0.1, **options)
+        optimizer.step()
+        return (w * w).sum()
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", ["vmap", "grad", "jvp", "functionalize"])
+@each_backend
+def test_transformed_steps(how: str, backend: str) -> None:
+    w, g = ramp(6).reshape(3, 2) + 2, torch.ones(3, 2)
+
+    def run(make: Make) -> Any:
+        step = functional(make, differentiable=how == "grad")
+        if how == "jvp":
+            return torch.func.jvp(step, (w, g), (g, w))
+        return getattr(torch.func, how)(step)(w, g)
+
+    ours, theirs = run(functools.partial(fastopt.Adam, backend=backend)), run(torch.optim.Adam)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@each_backend
+def test_tangents_are_carried_along(backend: str, late: bool) -> None:
+    def run(make: Make) -> list[torch.Tensor]:
+        w = nn.Parameter(ramp(5))
+        optimizer = make([w], lr=0.1, weight_decay=1.0, momentum=0.5)
+        w.grad = torch.zeros(5)
+        for _ in range(3 if late else 0):  # as all steps go
+            optimizer.step()
+        with forward_ad.dual_level(), torch.no_grad():
+            w.copy_(forward_ad.make_dual(w.clone(), torch.ones(5)))
+            for _ in range(3):
+                optimizer.step()
+            primal, tangent = forward_ad.unpack_dual(w)
+            found = [primal.clone(), tangent.clone()]
+        optimizer.step()
+        return [*found, w.detach()]
+
+    ours = run(functools.partial(fastopt.SGD, backend=backend))
+    assert all(not difference(a, b) for a, b in zip(ours, run(torch.optim.SGD), strict=True))
+
+
+@each_backend
+def test_a_parameter_whose_class_keeps_the_gradient_elsewhere(backend: str) -> None:
+    class Kept(nn.Parameter):
+        grad = property(lambda self: self.__dict__.get("main"), lambda self, value: self.__dict__.update(main=value))
+
+    def run(make: Make) -> torch.Tensor:
+        p = Kept(ramp(5))
+        optimizer = make([p], lr=0.1)
+        for step in range(3):
+            p.grad = ramp(5, step)
+            optimizer.step()
+        return p.detach().as_subclass(torch.Tensor)
+
+    assert not difference(run(functools.partial(fastopt.SGD, backend=backend)), run(torch.optim.SGD))
+
+
+# Numbers that no step leaves
+
+
+@pytest.mark.parametrize("step", [-1.0, -2.0, -5.0, 1e30, float("inf"), float("nan")])
+@parametrize(by_id("rmsprop-everything", "adagrad-lr-decay", "adam", "adamax", "nadam", "radam"), ("fp32",))
+def test_counters_that_no_training_has(case: Case, dtype: torch.dtype, backend: str, step: float) -> None:
+    """Loaded or written there: as in torch, an error included."""
+
+    def program(make: Make) -> list[torch.Tensor]:
+        p = nn.Parameter(ramp(9))
+        optimizer = make([p])
+        train(optimizer, [p], range(2))
+        optimizer.state[p]["step"].fill_(step)
+        p.grad = ramp(9)
+        try:
+            for _ in range(2):
+                optimizer.step()
+        except (ArithmeticError, TypeError, ValueError, RuntimeError):
+            return []
+        return held(optimizer, [p])
+
+    ours, theirs = program(lambda ps: case.make(ps, backend)), program(case.oracle)
+    if not ours and case.name == "RAdam" and step < 0:
+        return  # torch leaves out the roots of negative numbers that are not used
+    assert len(ours) == len(theirs)
+    assert all(not difference(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import torch
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from fastopt import backends, memory
@@ -91,23 +92,29 @@ def entry(method: Method) -> Method:
     _entries.append(ways)
 
     @wraps(method)
-    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:  # hooks are shown what was given, and how
         if torch.compiler.is_dynamo_compiling():
-            return ways.hidden(self, closure)
+            return ways.hidden(self, *args, **kwargs)
         own = self.__dict__
         if (
-            closure is None
+            not kwargs
+            and (not args or (len(args) == 1 and args[0] is None))
             and (engine := own.get("_engine")) is not None
             and (whole_step := engine.whole_step) is not None
         ):
             elsewhere = (
-                _pre_hooks or _post_hooks or _profiler_enabled() or active_modes() or (_ACCELERATORS and _capturing())
+                _pre_hooks
+                or _post_hooks
+                or _profiler_enabled()
+                or active_modes()
+                or forward_ad._current_level >= 0
+                or (_ACCELERATORS and _capturing())
             )
             if not elsewhere and whole_step(own):
                 return None
         if _watched(self) and inspect.unwrap(type(self).step) is method:
-            return ways.hooked(self, closure)
-        return ways.plain(self, closure)
+            return ways.hooked(self, *args, **kwargs)
+        return ways.plain(self, *args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]
     return cast(Method, step)
@@ -137,6 +144,7 @@ class Fused(_Base):
     __signature__: ClassVar[inspect.Signature]
     torch_class: ClassVar[type[Optimizer] | None] = None
     """The torch.optim class that does what the kernels do not take."""
+    _backend: str | None = None  # for who goes round our constructor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -218,7 +226,6 @@ class Fused(_Base):
         _complete_counters(self.rule, state)
         hide()
         super().__setstate__(state)
-        self.__dict__.setdefault("_backend", None)
         if (engine := vars(self).get("_engine")) is not None:
             engine.release()
 

@@ -24,7 +24,7 @@ K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", OF_LO
 def _due(group: dict[str, Any]) -> Due:
     """Whether the group synchronises at this step, or what its device counts by."""
     step, k = group[STEP], group[K]
-    return (step, k) if isinstance(step, Tensor) else (step + 1) % k == 0
+    return (step, k) if isinstance(step, Tensor) else bool((step + 1) % k == 0)
 
 
 class LookaheadRule(Rule):
@@ -177,11 +177,7 @@ class Lookahead(SlowWeights, Optimizer):
         for group in self.param_groups:
             self._complete(group)
         sync = [_due(group) for group in self.param_groups]
-        step = self._step_ours if self.fuses else self._step_foreign
-        loss, stepped = step(sync, closure)
-        if stepped:
-            self._advance()
-        return loss
+        return (self._step_ours if self.fuses else self._step_foreign)(sync, closure)
 
     def _advance(self) -> None:
         """Count the step, on the device for groups whose steps are counted there: a replayed graph must count too."""
@@ -199,17 +195,16 @@ class Lookahead(SlowWeights, Optimizer):
             taken: Any = 1.0 if found_inf is None else 1.0 - found_inf.to(on_device[0].device).reshape(())
             torch._foreach_add_(on_device, taken)
 
-    def _step_ours(self, sync: list[Due], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+    def _step_ours(self, sync: list[Due], closure: Callable[[], Any] | None) -> Any:
         """The inner step() itself, so that its hooks and schedulers see it, with our stage in the same pass."""
-        stepped = False
 
         def drive() -> None:
-            nonlocal stepped
-            stepped = self.engine().step(self.optimizer, amp=self, sync=sync)
+            if self.engine().step(self.optimizer, amp=self, sync=sync):
+                self._advance()
 
         vars(self.optimizer)["_drive"] = drive
         try:
-            return self.optimizer.step(closure), stepped
+            return self.optimizer.step(closure) if closure else self.optimizer.step()
         finally:
             del vars(self.optimizer)["_drive"]
 
@@ -224,7 +219,7 @@ class Lookahead(SlowWeights, Optimizer):
             self._held = held = (inner, engine)
         return held[1]
 
-    def _step_foreign(self, sync: list[Due], closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+    def _step_foreign(self, sync: list[Due], closure: Callable[[], Any] | None) -> Any:
         # State of an optimizer that initialises lazily must not exist before its first step, so the copies of the
         # parameters wait outside. With a closure, gradients only appear inside the step.
         before: dict[Tensor, Tensor] = {}
@@ -240,7 +235,8 @@ class Lookahead(SlowWeights, Optimizer):
             if is_due(due):
                 for p in group["params"]:
                     pull_back(p, self.state.get(p, {}).get(SLOW), float(group[ALPHA]))
-        return loss, True
+        self._advance()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()

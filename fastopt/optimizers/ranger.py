@@ -165,6 +165,7 @@ class Ranger(Fused, SlowWeights, Optimizer):
                     group.setdefault(key, value)
             _check(group)
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # again: no argument of ours
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "N_sma_threshhold" in param_group:

@@ -64,7 +64,8 @@ class SlowWeights(_Base):
             for p in group["params"]
             if p in self.state and self.slow_key in self.state[p]
         ]
-        refusal = self.register_step_pre_hook(_refuse)
+        wrapped: Optimizer | None = getattr(self, "optimizer", None)
+        refusals = [one.register_step_pre_hook(_refuse) for one in (self, wrapped) if one is not None]
         with torch.no_grad():
             fast = [p.detach().clone() for p, _ in pairs]
             for p, slow in pairs:
@@ -72,7 +73,8 @@ class SlowWeights(_Base):
         try:
             yield
         finally:
-            refusal.remove()
+            for refusal in refusals:
+                refusal.remove()
             with torch.no_grad():
                 for (p, _), value in zip(pairs, fast, strict=True):
                     p.copy_(value)

@@ -398,7 +398,7 @@ class TritonPlan(Launcher):
             has = work.has(a + k)
             if not has and not (asked and setting.rule.slow):
                 continue
-            row = self._row(setting, steps[k] if has else 0.0, carries[k] if has else 0.0, segment.single, asked)
+            row = self._row(setting, steps[k] if has else None, carries[k] if has else 0.0, segment.single, asked)
             launch = work.launch(row.chain, setting.first_slot(row.chain), work.is_aligned(a + k))
             launch.rows[a + k] = launch.index(row)
             written = _written(segment.entries[k], launch.first_slot, len(row.chain.state))
@@ -406,7 +406,7 @@ class TritonPlan(Launcher):
                 self._updates += [(segment.steps[k : k + 1], steps[k]), (segment.carries[k : k + 1], row.carry)]
             self._written += written if has else written[:2]
 
-    def _row(self, setting: Setting, t: float, carry: float, single: bool, asked: bool) -> Row:
+    def _row(self, setting: Setting, t: float | None, carry: float, single: bool, asked: bool) -> Row:
         key = (setting, t, carry, single, asked)
         row = self._memo.get(key)
         if row is None:
