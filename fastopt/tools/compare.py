@@ -137,6 +137,8 @@ class _Job:
 
 
 def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(seeds, int | Iterable):
+        raise TypeError(f"seeds is a count, or a list of seeds; got {seeds!r}")
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds must be a count of at least 1, or different numbers; got {seeds}")

@@ -67,6 +67,12 @@ def _try(entrant: Entrant) -> None:
     made: object = entrant.make([torch.zeros(1, requires_grad=True)], entrant.default_lr)
     if not isinstance(made, Optimizer):
         raise TypeError(f"{entrant.name} made a {type(made).__name__}: a callable (params, lr) returns an Optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{entrant.name} cannot be compared: its step() evaluates the model itself, and the others take one step "
+            "for one gradient"
+        )
 
 
 def split_names(text: str) -> list[str]:
