@@ -65,9 +65,10 @@ inline void* address_of(const c10::TensorImpl* impl) {
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(storage) + offset);
 }
 
-// Whether a storage shares its memory with others until one of them is written to.
+// Whether a storage shares its memory with others until one of them is written to. (A tensor whose memory torch has
+// blocked may have none.)
 inline bool is_copied_on_write(const c10::StorageImpl* storage) {
-  return storage->data_ptr().get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
+  return storage && storage->data_ptr().get_deleter() == static_cast<c10::DeleterFnPtr>(c10::impl::cow::cow_deleter);
 }
 
 // Whether a tensor's memory is not all there is to it: operations are intercepted, or something is still to be done.
