@@ -189,6 +189,16 @@ def by_id(*ids: str) -> list[Case]:
     return [index[i] for i in ids]
 
 
+def one_for_each_kernel() -> list[Case]:
+    """The first of the cases that take the same chains: the others give the same kernels other coefficients."""
+    found: dict[Any, Case] = {}
+    for case in CASES:
+        optimizer = case.make([torch.zeros(2)])
+        setting = optimizer.engine().settings.of(optimizer.param_groups[0])  # type: ignore[attr-defined]
+        found.setdefault(tuple(setting.chains), case)
+    return list(found.values())
+
+
 def backends(names: Iterable[str] = BACKENDS) -> list[Any]:
     """The backends as pytest parameters; an unavailable one is skipped with the reason it gives itself."""
     return [pytest.param(b, id=b, marks=_unless_available(b)) for b in names]

@@ -16,7 +16,7 @@ import triton_interpreter  # before anything imports Triton
 # isort: split
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, by_id
+from cases import DTYPES, Case, by_id, one_for_each_kernel
 from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signature_has, snapshot, trace
 
 import fastopt
@@ -104,7 +104,7 @@ def dtypes(*names: str) -> Any:
     return pytest.mark.parametrize("dtype", [DTYPES[name] for name in names], ids=names)
 
 
-@cases(CASES if triton.compiled.ENABLED or not native.extension() else STAGES)
+@cases(one_for_each_kernel() if triton.compiled.ENABLED or not native.extension() else STAGES)
 def test_fp32(case: Case) -> None:
     """Ranger synchronises at step 6, where RAdam begins to rectify; the others soon do what they always do."""
     late = case.lookahead or case.name in ("RAdam", "Ranger")

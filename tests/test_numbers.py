@@ -78,7 +78,7 @@ INTERMITTENT = Scenario(
 )
 
 SPECIAL = Scenario("special", (S((400,), kind="special"),), steps=9)
-LARGE = Scenario("large", (S((100_003,)), S((16,)), S((40_000,), "offset1")), steps=7)
+LARGE = Scenario("large", (S((40_003,)), S((16,)), S((17_000,), "offset1")), steps=7)  # two threads share them
 
 
 def _different_groups(case: Case) -> list[dict[str, Any]]:
