@@ -7,6 +7,7 @@ is unavailable.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
@@ -189,6 +190,7 @@ def by_id(*ids: str) -> list[Case]:
     return [index[i] for i in ids]
 
 
+@functools.cache
 def one_for_each_kernel() -> list[Case]:
     """The first of the cases that take the same chains: the others give the same kernels other coefficients."""
     found: dict[Any, Case] = {}

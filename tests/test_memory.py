@@ -124,7 +124,7 @@ def main(name: str, backend: str) -> None:
     ("case", "backend"),
     [
         pytest.param(*by_id(name), *backend.values, id=f"{name}-{backend.id}", marks=backend.marks)
-        for name, where in (("nadam", ["native", "emulated"]), ("lookahead-adam", ["native"]))
+        for name, where in (("nadam", ["emulated"]), ("lookahead-adam", ["native"]))
         for backend in backends(where)
     ],
 )
