@@ -134,7 +134,7 @@ void Plan::plan_device(Entry& entry) {
                                       : wrapped_.back().grad ? impl_of(wrapped_.back().grad.get())
                                                              : nullptr;
   entry.g_dtype = memory->dtype;
-  if (grad && is_plain(grad) && is_copied_on_write(grad->unsafe_storage().unsafeGetStorageImpl()))
+  if (grad && is_plain(grad) && is_copied_on_write(storage_of(grad)))
     const_cast<c10::TensorImpl*>(grad)->mutable_data();  // makes the memory its own
   if (grad && is_plain(grad) && grad->sizes() == p->sizes() && dtype_of(grad, &entry.g_dtype)) {
     if (entry.layout || !same_strides(p, grad)) layout_with(entry, grad->strides());

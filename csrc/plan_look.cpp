@@ -77,8 +77,7 @@ bool Plan::examine(size_t begin, size_t end, PyObject* sync) {
   for (size_t k = begin; k < end; ++k) {
     if (k + far < end) prefetch(entries_[k + far]);
     if (k + near < end) found_[k + near].grad = find_grad(entries_[k + near]);
-    if (k + nearer < end && found_[k + nearer].grad)
-      prefetch_storage(found_[k + nearer].grad->unsafe_storage().unsafeGetStorageImpl());
+    if (k + nearer < end && found_[k + nearer].grad) prefetch_storage(storage_of(found_[k + nearer].grad));
     while (k >= groups_[at].first + groups_[at].count) ++at;
     look(entries_[k], found_[k]);
     settled = take_likely(entries_[k], groups_[at], found_[k], asked(sync, at) != Py_False) && settled;
@@ -110,7 +109,7 @@ bool Plan::check_grad(const Entry& entry, Found& found) const {
 bool Plan::fits_table(const Entry& entry, const Found& found) const {
   const c10::TensorImpl *p = tensors(entry)->impl, *grad = found.grad;
   if (found.dtype != entry.g_dtype) return false;
-  if (is_copied_on_write(grad->unsafe_storage().unsafeGetStorageImpl())) return false;  // unscaled where it lies
+  if (is_copied_on_write(storage_of(grad))) return false;  // unscaled where it lies
   if (entry.aligned && !is_aligned(grad->data())) return false;
   if (entry.layout) return grad->strides() == c10::IntArrayRef(entry.layout->strides[1]);
   return (tensors(entry)->contiguous && grad->is_contiguous()) || same_strides(p, grad);

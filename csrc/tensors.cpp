@@ -50,7 +50,7 @@ bool same_strides(const c10::TensorImpl* a, const c10::TensorImpl* b) {
 Tracked track(PyObject* tensor) {
   c10::TensorImpl* impl = impl_of(tensor);
   impl->mutable_data();  // raises where there is no memory, or none to be written to
-  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const c10::StorageImpl* storage = storage_of(impl);
   return {tensor, impl, storage, impl->version_counter(), address_of(impl), impl->dtype(), impl->is_contiguous(),
           {},     {}};
 }

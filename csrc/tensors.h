@@ -55,13 +55,17 @@ inline void prefetch_count(const c10::VariableVersion& version) { __builtin_pref
 // Without dtype or kind. The tensor will be written to: memory that it shares until then becomes its own.
 Tracked track(PyObject* tensor);
 
+inline const c10::StorageImpl* storage_of(const c10::TensorImpl* impl) {
+  return impl->unsafe_storage().unsafeGetStorageImpl();
+}
+
 inline void* data_of(const c10::TensorImpl* impl) { return const_cast<void*>(impl->data()); }
 
 // Where a tensor's first element is, or would be. Raises where torch has blocked the memory, as it does with outputs of
 // a CUDA graph that has run again.
 inline void* address_of(const c10::TensorImpl* impl) {
   const auto offset = static_cast<uintptr_t>(impl->storage_offset()) * impl->dtype().itemsize();
-  const void* const storage = impl->unsafe_storage().unsafeGetStorageImpl()->data();  // null: released
+  const void* const storage = storage_of(impl)->data();  // null: released
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(storage) + offset);
 }
 
@@ -84,7 +88,7 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 // old pointers are compared, never followed.
 inline bool unchanged(const Tracked& tensor) {
   const c10::TensorImpl* impl = impl_of(tensor.object);
-  return impl == tensor.impl && impl->unsafe_storage().unsafeGetStorageImpl() == tensor.storage &&
+  return impl == tensor.impl && storage_of(impl) == tensor.storage &&
          identity(impl->version_counter()) == identity(tensor.version) && impl->dtype() == tensor.type &&
          address_of(impl) == tensor.data && impl->is_contiguous() == tensor.contiguous && !is_veiled(impl) &&
          !is_copied_on_write(tensor.storage);

@@ -6,6 +6,8 @@ torch accepts is refused.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable
 
 import torch
@@ -143,9 +145,13 @@ def why_not_grad(g: Tensor, device: torch.device | None = None) -> str:
 
 
 _KEYS = torch._C.DispatchKey
-_INTERCEPTING = torch._C.DispatchKeySet(_KEYS.Python)
-for _key in (_KEYS.FuncTorchGradWrapper, _KEYS.FuncTorchBatched, _KEYS.Functionalize):
-    _INTERCEPTING = _INTERCEPTING | torch._C.DispatchKeySet(_key)
+_INTERCEPTING = functools.reduce(
+    operator.or_,
+    map(
+        torch._C.DispatchKeySet,
+        (_KEYS.Python, _KEYS.FuncTorchGradWrapper, _KEYS.FuncTorchBatched, _KEYS.Functionalize),
+    ),
+)
 
 
 def intercepts(t: Tensor) -> bool:

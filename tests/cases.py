@@ -227,3 +227,17 @@ def parametrize(
 def parametrize_cases(cases: Iterable[Case] = CASES) -> Callable[[Any], Any]:
     """Parametrise a test over cases alone."""
     return pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in cases])
+
+
+each_name = pytest.mark.parametrize("name", TORCH_NAMES)
+each_backend = pytest.mark.parametrize("backend", backends())
+
+
+def both(name: str) -> tuple[Any, Any]:
+    """Our class and torch's."""
+    return getattr(fastopt, name), getattr(torch.optim, name)
+
+
+def accepts(name: str, *options: str) -> bool:
+    """Whether torch's constructor of this name has all of these options."""
+    return set(options) <= set(inspect.signature(getattr(torch.optim, name)).parameters)

@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,3 +283,18 @@ def check(case: Case, scenario: Scenario, dtype: torch.dtype, backend: str, thre
 def signature_has(case: Case, *names: str) -> bool:
     cls = oracles.Ranger if case.name == "Ranger" else getattr(torch.optim, case.name)
     return all(n in inspect.signature(cls).parameters for n in names)
+
+
+def param(*shape: int, **kwargs: Any) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(*shape, **kwargs))
+
+
+def outcome(action: Callable[[], Any]) -> tuple[type, str] | None:
+    """What is raised (warnings included), or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            action()
+        except (Exception, Warning) as error:  # the type is what the tests compare
+            return type(error), str(error)
+    return None

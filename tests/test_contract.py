@@ -1,10 +1,8 @@
-"""torch.optim's contract for the eight torch names: construction, errors, state, hooks, closures, schedulers, edits."""
+"""torch.optim's contract for the eight torch names: failing steps, state, edits, schedulers, implementation flags."""
 
 from __future__ import annotations
 
-import functools
 import gc
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,200 +12,12 @@ import harness
 import oracles
 import pytest
 import torch
-from cases import TORCH_CASES, TORCH_NAMES, Case, backends, by_id, parametrize
-from harness import Built, Scenario, Spec, assert_same, difference, snapshot, states_in_order
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+from cases import TORCH_CASES, TORCH_NAMES, Case, accepts, both, by_id, each_backend, each_name, parametrize
+from harness import Built, Scenario, Spec, assert_same, difference, outcome, param, snapshot, states_in_order
 
 import fastopt
 
 pytestmark = pytest.mark.contract("construction")
-
-each_name = pytest.mark.parametrize("name", TORCH_NAMES)
-each_backend = pytest.mark.parametrize("backend", backends())
-
-
-def both(name: str) -> tuple[Any, Any]:
-    return getattr(fastopt, name), getattr(torch.optim, name)
-
-
-def param(*shape: int, **kwargs: Any) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.randn(*shape, **kwargs))
-
-
-def outcome(action: Callable[[], Any]) -> tuple[type, str] | None:
-    """What is raised (warnings included), or None."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            action()
-        except (Exception, Warning) as error:  # the type is what the tests compare
-            return type(error), str(error)
-    return None
-
-
-def accepts(name: str, *options: str) -> bool:
-    return set(options) <= set(inspect.signature(getattr(torch.optim, name)).parameters)
-
-
-@each_name
-def test_signature_is_torchs_plus_backend(name: str) -> None:
-    ours, theirs = (inspect.signature(cls).parameters for cls in both(name))
-    *shared, backend = ours.values()
-    assert [(p.name, p.kind, p.default) for p in shared] == [(p.name, p.kind, p.default) for p in theirs.values()]
-    assert (backend.name, backend.kind, backend.default) == ("backend", inspect.Parameter.KEYWORD_ONLY, None)
-
-
-@each_name
-def test_class_is_a_subclass_of_the_torch_class_under_its_name(name: str) -> None:
-    ours, theirs = both(name)
-    assert issubclass(ours, theirs)
-    assert (ours.__name__, ours.__qualname__) == (name, name)
-    assert ours.__module__.startswith("fastopt")
-    assert ours.__doc__ != theirs.__doc__
-
-
-@pytest.mark.contract("construction", optimizers="AdamW")
-def test_adamw_is_an_adam() -> None:
-    assert issubclass(fastopt.AdamW, fastopt.Adam)
-
-
-@each_name
-def test_defaults_and_groups_are_torchs(name: str) -> None:
-    p = param(3)
-    ours, theirs = (cls([p]) for cls in both(name))
-    assert ours.defaults == theirs.defaults
-    assert list(ours.param_groups[0].items()) == list(theirs.param_groups[0].items())
-    assert repr(ours) == repr(theirs)
-
-
-@each_name
-def test_positional_arguments_mean_what_they_do_in_torch(name: str) -> None:
-    positional = [
-        p.default
-        for p in list(inspect.signature(getattr(torch.optim, name)).parameters.values())[1:]
-        if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-    p = param(3)
-    ours, theirs = (cls([p], *positional) for cls in both(name))
-    assert ours.param_groups == theirs.param_groups
-
-
-@each_name
-def test_backend_is_no_hyper_parameter(name: str) -> None:
-    optimizer = getattr(fastopt, name)([param(3)], backend="reference")
-    assert "backend" not in optimizer.defaults
-    assert "backend" not in optimizer.param_groups[0]
-    assert "backend" not in optimizer.state_dict()["param_groups"][0]
-
-
-def test_unknown_backend_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"native.*reference|reference.*native") as error:
-        fastopt.Adam([param(3)], backend="vulkan")
-    assert "vulkan" in str(error.value)
-
-
-def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTOPT_BACKEND", "reference")
-    p = param(3)
-    p.grad = torch.ones(3)
-    optimizer = fastopt.Adam([p])
-    optimizer.step()
-    assert "reference" in str(fastopt.explain(optimizer))
-    monkeypatch.setenv("FASTOPT_BACKEND", "vulkan")
-    with pytest.raises(ValueError, match="vulkan"):
-        fastopt.Adam([p]).step()
-
-
-def _error_inputs() -> list[Any]:
-    rows = []
-    for info in optim_db:
-        if info.name in TORCH_NAMES:
-            for i, error in enumerate(info.optim_error_inputs_func("cpu", torch.float32)):
-                desc = error.optimizer_error_input.desc.replace(" ", "-") or str(i)
-                rows.append(pytest.param(info.name, error, id=f"{info.name}-{desc}"))
-    return rows
-
-
-@pytest.mark.parametrize(("name", "error"), _error_inputs())
-def test_torchs_own_error_inputs(name: str, error: Any) -> None:
-    """The error database torch tests its own optimizers with."""
-    assert error.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
-    given = error.optimizer_error_input
-    params = [param(2, 2)] if given.params is None else given.params
-    ours, theirs = (outcome(lambda cls=cls: cls(params, **given.kwargs)) for cls in both(name))
-    assert ours == theirs
-    assert ours is not None
-    assert issubclass(ours[0], error.error_type)
-
-
-BAD = [
-    {"lr": -1.0},
-    {"lr": float("nan")},
-    {"lr": torch.tensor([0.1, 0.2])},
-    {"lr": torch.tensor(0.1), "foreach": True},
-    {"eps": -1e-8},
-    {"eps": float("nan")},
-    {"betas": (1.0, 0.9)},
-    {"betas": (0.9, 1.0)},
-    {"betas": (-0.1, 0.9)},
-    {"betas": (0.9, float("nan"))},
-    {"betas": (0, 0.9)},
-    {"betas": (torch.tensor(0.9), 0.99)},
-    {"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.99))},
-    {"weight_decay": -0.1},
-    {"weight_decay": float("nan")},
-    {"momentum": -0.9},
-    {"alpha": -0.1},
-    {"lr_decay": -0.1},
-    {"initial_accumulator_value": -0.1},
-    {"momentum_decay": -0.1},
-    {"nesterov": True},
-    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
-    {"fused": True, "foreach": True},
-    {"fused": True, "differentiable": True},
-]
-
-
-def _bad_rows() -> list[Any]:
-    def text(kwargs: dict[str, Any]) -> str:
-        return "-".join(f"{k}={v}" for k, v in kwargs.items()).replace(" ", "")
-
-    return [pytest.param(n, kw, id=f"{n}-{text(kw)}") for n in TORCH_NAMES for kw in BAD if accepts(n, *kw)]
-
-
-@pytest.mark.parametrize(("name", "kwargs"), _bad_rows())
-def test_what_torch_rejects_is_rejected_alike(name: str, kwargs: dict[str, Any]) -> None:
-    """Same type, same message; and what torch accepts (such as a NaN lr in SGD) is accepted."""
-    ours, theirs = (outcome(lambda cls=cls: cls([param(2, 2)], **kwargs)) for cls in both(name))
-    assert ours == theirs
-
-
-@each_name
-def test_unknown_option_is_named(name: str) -> None:
-    with pytest.raises(TypeError, match="no_such_option"):
-        getattr(fastopt, name)([param(2)], no_such_option=1)
-
-
-BAD_PARAMS: dict[str, Callable[[], Any]] = {
-    "tensor": lambda: torch.ones(2),
-    "empty": list,
-    "not-a-tensor": lambda: [1.0],
-    "non-leaf": lambda: [param(2) * 2],
-    "group-of-a-set": lambda: [{"params": {torch.nn.Parameter(torch.zeros(()))}}],
-    "no-params-key": lambda: [{"lr": 0.1}],
-    "string": lambda: "weights",
-    "empty-group": lambda: [{"params": []}],
-    "group-with-unknown-option": lambda: [{"params": [torch.nn.Parameter(torch.zeros(()))], "mine": 3}],
-}
-
-
-@each_name
-@pytest.mark.parametrize("what", BAD_PARAMS)
-def test_bad_parameters_are_rejected_alike(name: str, what: str) -> None:
-    params = BAD_PARAMS[what]()
-    ours, theirs = (outcome(lambda cls=cls: cls(params)) for cls in both(name))
-    assert ours == theirs
 
 
 def _step_outcome(cls: Any, kwargs: dict[str, Any], spoil: Callable[[list[Any]], None], fine: int = 1) -> Any:
@@ -387,37 +197,6 @@ def test_step_without_gradients_changes_nothing(name: str, backend: str) -> None
     assert all(torch.equal(v, states[p][k]) for p, s in optimizer.state.items() for k, v in s.items())
 
 
-@pytest.mark.contract("hooks")
-@parametrize(TORCH_CASES, ("fp32",))
-def test_versions_are_bumped_and_gradients_left_alone(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """A stale tensor saved for backward must be detected, and .grad belongs to the user."""
-    p = torch.nn.Parameter(torch.ones(37))
-    optimizer = case.make([p], backend)
-    p.grad = torch.linspace(-1, 1, 37)
-    grad, values = p.grad, p.grad.clone()
-    optimizer.step()
-    for _ in range(4):
-        tensors = [p, *(v for k, v in optimizer.state.get(p, {}).items() if k not in oracles.SCALAR_STATES)]
-        versions = [tensor._version for tensor in tensors]
-        optimizer.step()
-        assert all(tensor._version > old for tensor, old in zip(tensors, versions, strict=True))
-    assert p.grad is grad
-    assert grad._version == 0
-    assert torch.equal(grad, values)
-
-
-@pytest.mark.contract("hooks")
-@each_backend
-def test_backward_through_a_parameter_changed_by_a_step_raises(backend: str) -> None:
-    w = torch.nn.Parameter(torch.ones(4))
-    optimizer = fastopt.Adam([w], backend=backend)
-    w.grad = torch.ones(4)
-    loss = (w * w).sum()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 @pytest.mark.contract("memory")
 @each_name
 @each_backend
@@ -434,87 +213,6 @@ def test_nothing_is_kept_alive(name: str, backend: str) -> None:
     del optimizer, p
     gc.collect()
     assert parameter() is None
-
-
-@pytest.mark.contract("hooks")
-@each_name
-@each_backend
-def test_step_hooks_fire_once_in_order(name: str, backend: str) -> None:
-    """Also after the parent class was used: its step is wrapped by then, and a careless subclass would fire twice."""
-    ours, theirs = both(name)
-    p = param(3)
-    p.grad = torch.ones(3)
-    theirs([p]).step()
-    optimizer, calls = ours([p], backend=backend), []
-    handles = [
-        register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")),
-        register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
-        optimizer.register_step_pre_hook(lambda *_: calls.append("pre")),
-        optimizer.register_step_post_hook(lambda *_: calls.append("post")),
-    ]
-    try:
-        optimizer.step()
-        optimizer.step()
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert calls == ["global pre", "pre", "post", "global post"] * 2
-    optimizer.step()
-    assert len(calls) == 8
-
-
-@pytest.mark.contract("hooks")
-@each_name
-def test_checkpoint_hooks_fire_once_in_order(name: str) -> None:
-    optimizer, calls = getattr(fastopt, name)([param(3)]), []
-    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
-    optimizer.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
-    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
-    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load first"), prepend=True)
-    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == ["save pre", "save post", "load first", "load pre", "load post"]
-
-
-@pytest.mark.contract("hooks")
-@each_backend
-def test_pre_hook_may_replace_the_arguments_and_edit_the_group(backend: str) -> None:
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = fastopt.SGD([p], lr=1.0, backend=backend)
-
-    def hook(o: Any, args: Any, kwargs: Any) -> Any:
-        o.param_groups[0]["lr"] = 0.25
-        return (o, lambda: setattr(p, "grad", torch.ones(1)) or 7.0), {}
-
-    optimizer.register_step_pre_hook(hook)
-    assert optimizer.step() == 7.0
-    assert p.item() == -0.25
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: "nonsense")
-    with pytest.raises(RuntimeError, match="must return None or a tuple"):
-        optimizer.step()
-
-
-@pytest.mark.contract("hooks")
-@each_backend
-def test_hooks_are_shown_the_arguments_as_they_were_given(backend: str) -> None:
-    """And may add the closure by name, as to torch's."""
-
-    def run(make: Any) -> list[Any]:
-        p = torch.nn.Parameter(torch.zeros(1))
-        optimizer, seen = make([p], lr=1.0), []
-        handle = optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append((len(args), dict(kwargs))))
-        p.grad = torch.ones(1)
-        optimizer.step()
-        optimizer.step(None)
-        optimizer.step(float)
-        optimizer.step(closure=float)
-        handle.remove()
-        optimizer.register_step_pre_hook(lambda o, args, kwargs: (args, {**kwargs, "closure": lambda: 7.0}))
-        return [*seen, optimizer.step(), p.item()]
-
-    theirs = run(torch.optim.SGD)
-    assert run(functools.partial(fastopt.SGD, backend=backend)) == theirs
-    assert run(lambda ps, lr: fastopt.Lookahead(fastopt.SGD(ps, lr=lr, backend=backend), k=100)) == theirs
 
 
 @pytest.mark.contract("state")
@@ -537,30 +235,6 @@ def test_a_subclass_that_goes_round_our_constructor(backend: str, monkeypatch: p
     assert torch.equal(run(fastopt.SGD), run(torch.optim.SGD))
 
 
-@pytest.mark.contract("hooks")
-@each_name
-@each_backend
-def test_closure_is_called_once_with_gradients_enabled(name: str, backend: str) -> None:
-    w = torch.nn.Parameter(torch.full((3,), 2.0))
-    optimizer, calls = getattr(fastopt, name)([w], backend=backend), []
-
-    def closure() -> torch.Tensor:
-        calls.append(torch.is_grad_enabled())
-        optimizer.zero_grad()
-        loss = (w**2).sum()
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        first = optimizer.step(closure)
-    second = optimizer.step(closure=closure)
-    assert optimizer.step(closure=None) is None
-    assert calls == [True, True]
-    assert first.item() == 12.0
-    assert second.item() < 12.0
-    assert w.grad is not None
-
-
 @pytest.mark.contract("live")
 @each_name
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -569,16 +243,6 @@ def test_zero_grad(name: str, set_to_none: bool) -> None:
     p.grad = torch.ones(3)
     getattr(fastopt, name)([p]).zero_grad(set_to_none=set_to_none)
     assert p.grad is None if set_to_none else torch.equal(p.grad, torch.zeros(3))
-
-
-@pytest.mark.contract("hooks")
-def test_step_has_torchs_name_in_the_profiler() -> None:
-    p = param(3)
-    p.grad = torch.ones(3)
-    optimizer = fastopt.RAdam([p])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        optimizer.step()
-    assert "Optimizer.step#RAdam.step" in {event.key for event in profile.key_averages()}
 
 
 class Pair:
@@ -729,16 +393,6 @@ def test_add_param_group_in_mid_run(case: Case, dtype: torch.dtype, backend: str
         pair.step()
         for p, q in zip(late[0].params, late[1].params, strict=True):
             assert not difference(p.detach(), q.detach())
-
-
-def test_named_parameters() -> None:
-    model = torch.nn.Linear(3, 2)
-    ours, theirs = (cls(model.named_parameters()) for cls in both("Adam"))
-    assert ours.param_groups[0]["param_names"] == ["weight", "bias"]
-    assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
-    model(torch.ones(1, 3)).sum().backward()
-    ours.step()
-    assert len(ours.state) == 2
 
 
 FLAGGED = [

@@ -8,13 +8,12 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from cases import Case, backends, by_id, parametrize
+from cases import Case, backends, by_id, each_backend, parametrize
 from harness import difference, python, ramp, wave
 
 import fastopt
 
 native_only = pytest.mark.parametrize("backend", backends(["native"]))
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 def _spoil(p: torch.nn.Parameter, state: dict[str, Any], what: str) -> None:

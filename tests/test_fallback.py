@@ -9,7 +9,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from cases import BACKENDS, TORCH_CASES, TORCH_NAMES, Case, backends, by_id, parametrize
+from cases import BACKENDS, TORCH_CASES, Case, by_id, each_backend, each_name, parametrize
 from harness import difference, ramp, wave
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -17,8 +17,6 @@ import fastopt
 
 pytestmark = pytest.mark.contract("fallback")
 
-each_name = pytest.mark.parametrize("name", TORCH_NAMES)
-each_backend = pytest.mark.parametrize("backend", backends())
 ONE_OF_EACH = by_id("sgd-momentum", "rmsprop-everything", "adagrad", "adam-everything", "adamw", "adamax", "nadam")
 ONE_OF_EACH += by_id("radam-coupled")
 

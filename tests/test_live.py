@@ -20,7 +20,6 @@ pytestmark = pytest.mark.contract("live")
 
 LIVE = by_id("sgd-momentum", "adam-everything", "nadam", "adagrad", "ranger", "lookahead-adam")
 native_only = pytest.mark.parametrize("backend", backends(["native"]))
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 class Twins:

@@ -18,7 +18,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import TORCH_CASES, Case, backends, parametrize
+from cases import TORCH_CASES, Case, each_backend, parametrize
 from harness import difference, ramp, wave
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -43,7 +43,6 @@ INNER: dict[str, Callable[[Any], Any]] = {
     "torch-rprop": lambda ps: torch.optim.Rprop(ps, lr=0.05),
 }  # fmt: skip
 each_inner = pytest.mark.parametrize("inner", INNER)
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 def params() -> list[torch.nn.Parameter]:

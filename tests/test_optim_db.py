@@ -25,7 +25,7 @@ import harness
 import oracles
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, TORCH_NAMES, Case, backends, by_id, parametrize
+from cases import BACKENDS, DTYPES, TORCH_NAMES, Case, backends, by_id, each_backend, parametrize
 from harness import Scenario, Spec, difference
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -107,7 +107,6 @@ STOCK = [next(e for e in ON_CPU if e.name == name) for name in TORCH_NAMES]
 WRAPPED = [Entry(f"lookahead-{e.name.lower()}", e.name, e.kwargs, (3, 0.5)) for e in STOCK]
 OURS = [*by_id("ranger", "ranger-decay", "ranger-maximize", "lookahead-ranger"), *WRAPPED]
 DEFAULTS = [*STOCK, *by_id("ranger", "lookahead-adam")]
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 def rows(cases: Iterable[Case], names: Iterable[str] = BACKENDS) -> list[Any]:

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backends
+from cases import backends, each_backend
 
 import fastopt
 
 pytestmark = pytest.mark.contract("numbers")
-
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 def online(optimizer: Any, x: torch.Tensor, slopes: Any, alpha: float, steps: int) -> torch.Tensor:

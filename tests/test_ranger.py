@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backends
+from cases import each_backend
 from harness import difference, ramp, wave
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fastopt
 
 pytestmark = pytest.mark.contract("ranger", optimizers="Ranger")
-
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 def params() -> list[torch.nn.Parameter]:

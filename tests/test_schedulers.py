@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, backends, by_id, parametrize
+from cases import Case, by_id, each_backend, parametrize
 from harness import difference
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -58,7 +58,6 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 WRITTEN = ("lr", "betas", "momentum", "initial_lr", "max_momentum", "base_momentum", "max_lr", "min_lr", "swa_lr")
 CASES = by_id("sgd-nesterov", "rmsprop-momentum", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam")
 CASES += by_id("ranger", "lookahead-sgd-nesterov")
-each_backend = pytest.mark.parametrize("backend", backends())
 each_scheduler = pytest.mark.parametrize("scheduler", SCHEDULERS)
 
 

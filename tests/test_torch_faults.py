@@ -16,7 +16,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from cases import Case, backends, by_id, parametrize
+from cases import Case, by_id, each_backend, parametrize
 from harness import Spec, difference, outside, place
 from torch import Tensor
 
@@ -27,7 +27,6 @@ pytestmark = faults()
 
 SEEN_IN = (2, 13)
 FUSED = ("SGD", "Adagrad", "Adam", "AdamW")
-each_backend = pytest.mark.parametrize("backend", backends())
 each_fused = pytest.mark.parametrize("name", FUSED)
 
 

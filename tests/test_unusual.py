@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Case, backends, by_id, parametrize
+from cases import Case, backends, by_id, each_backend, parametrize
 from harness import difference, python
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +32,6 @@ Program = Callable[[Make], list[torch.Tensor]]
 
 SOME = by_id("sgd-momentum", "rmsprop-everything", "adamw", "nadam")
 some = parametrize(SOME, ("fp32",))
-each_backend = pytest.mark.parametrize("backend", backends())
 pytestmark = pytest.mark.contract("fallback")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TORCH_NAMES, Case, backends, by_id, parametrize
+from cases import TORCH_NAMES, Case, by_id, parametrize
 from harness import difference, python
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.contract("wrappers")
 EVERY = by_id("sgd-momentum", "rmsprop-centered", "adagrad", "adam-amsgrad", "adamw", "adamax", "nadam", "radam")
 EVERY += by_id("ranger", "lookahead-adam", "lookahead-ranger")
 SOME = by_id("sgd-momentum", "adam-amsgrad", "nadam", "ranger", "lookahead-adam")
-each_backend = pytest.mark.parametrize("backend", backends())
 
 
 def wave(p: torch.Tensor, step: int) -> torch.Tensor:
