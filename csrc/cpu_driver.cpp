@@ -32,25 +32,23 @@ std::vector<std::string> names(List<Chains...>) {
 }
 
 const InstructionSet& choose() {
+  const char* wish = std::getenv("FASTOPT_ISA");
+  const std::string name = wish ? wish : "";
+  if (name == "baseline") return baseline();
+  std::string offers = "baseline";
 #if defined(FASTOPT_X86_KERNELS)
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const char* wish = std::getenv("FASTOPT_ISA");
-  if (wish && *wish) {
-    std::string name = wish;
-    if (name == "baseline") return baseline();
-    if (name == "avx2" && has_avx2) return avx2();
-    if (name == "avx512" && has_avx512) return avx512();
-    throw std::invalid_argument("FASTOPT_ISA=" + name + ": this CPU and build offer baseline" +
-                                (has_avx2 ? ", avx2" : "") + (has_avx512 ? ", avx512" : "") +
-                                "; unset it to choose automatically");
-  }
-  if (has_avx512) return avx512();
-  if (has_avx2) return avx2();
+  if (has_avx512 && (name.empty() || name == "avx512")) return avx512();
+  if (has_avx2 && (name.empty() || name == "avx2")) return avx2();
+  if (has_avx2) offers += ", avx2";
+  if (has_avx512) offers += ", avx512";
 #endif
-  return baseline();
+  if (name.empty()) return baseline();
+  throw std::invalid_argument("FASTOPT_ISA=" + name + ": this CPU and build offer " + offers +
+                              "; unset it to choose automatically");
 }
 
 template <class T>

@@ -21,6 +21,7 @@ For a model and a loss of your own: fastopt.compare(make_model, loss, batches) i
 """
 
 
+PICTURES = (".png", ".svg", ".pdf")
 THREADS = "torch threads (default: 1; such small models gain nothing by more, and lose much where another job runs)"
 
 
@@ -137,6 +138,8 @@ def _version() -> str:
 def _demo(options: argparse.Namespace) -> int:
     from .tools import demo
 
+    if options.out.suffix.lower() not in PICTURES or options.out.is_dir():  # better known before the training
+        raise ValueError(f"--out={options.out}: accepted are files whose names end in {', '.join(PICTURES)}")
     print(demo.show(demo.run(steps=options.steps, threads=options.threads), options.out))
     return 0
 

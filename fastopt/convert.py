@@ -83,8 +83,8 @@ def convert(optimizer: Optimizer, cls: type[Optimizer] | None = None, **override
         return optimizer
     if cls is None and isinstance(optimizer, Lookahead):
         raise TypeError("a Lookahead has no hyper-parameters to override here: edit its param_groups")
-    if cls is not None and not isinstance(cls, type):
-        raise TypeError(f"convert() wants a class, such as fastopt.SGD, to hand over to; got {cls!r}")
+    if cls is not None and not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise TypeError(f"convert() wants a class of optimizers, such as fastopt.SGD, to hand over to; got {cls!r}")
     if cls is not None and issubclass(cls, Lookahead):
         raise TypeError("Lookahead wraps an optimizer instead of replacing it: fastopt.Lookahead(optimizer)")
     if cls is None and twin(optimizer):
@@ -97,7 +97,7 @@ def convert(optimizer: Optimizer, cls: type[Optimizer] | None = None, **override
             f"{type(optimizer).__name__} has no counterpart in fastopt; accepted are torch.optim's {known}. To go on "
             "with another rule, name it: fastopt.convert(optimizer, fastopt.Adam, lr=...)"
         )
-    accepted = set(inspect.signature(cls).parameters)
+    accepted = _accepted(cls)
     if unknown := sorted(set(overrides) - accepted):
         raise TypeError(
             f"{cls.__name__} has no hyper-parameter {', '.join(unknown)}; it has {', '.join(sorted(accepted))}"
@@ -107,8 +107,8 @@ def convert(optimizer: Optimizer, cls: type[Optimizer] | None = None, **override
     kept = {key for group in optimizer.param_groups for key in group}
     defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     converted: Any = cls(_groups(optimizer, kept - overrides.keys()), **(defaults | overrides))
-    for p, state in optimizer.state.items():
-        converted.state[p] = dict(state)
+    for p, state in optimizer.state.items():  # beside the parameters' there may be what the user put there
+        converted.state[p] = dict(state) if isinstance(state, dict) else state
     return converted  # type: ignore[no-any-return]
 
 
@@ -117,6 +117,17 @@ def twin(optimizer: Optimizer) -> type[Fused] | None:
     if isinstance(optimizer, Fused):
         return type(optimizer)
     return next((_TWINS[base] for base in type(optimizer).__mro__ if base in _TWINS), None)
+
+
+def _accepted(cls: type) -> set[str]:
+    """The hyper-parameters of a constructor, with those of the class above if it hands on what it does not name."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        parameters = inspect.signature(base).parameters.values()
+        found |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return found - {"params"}
 
 
 def _check_step(optimizer: Optimizer) -> None:

@@ -207,7 +207,9 @@ def _launches(route: Route, taken: list[tuple[Tensor, Setting, int]], owner: Opt
 
 
 def _number(value: Any) -> str:
-    return f"tensor({value.item():g})" if isinstance(value, Tensor) else str(value)
+    if not isinstance(value, Tensor):
+        return str(value)
+    return f"tensor({value.item():g})" if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"
 
 
 def _size(n: int) -> str:

@@ -154,6 +154,9 @@ class Rule(ABC):
         """Every how many of its own steps a parameter synchronises with its slow weights; 0: when its group does."""
         return 0
 
+    def check(self, h: Hyper) -> None:  # noqa: B027 no rule of torch has anything to say here
+        """Raise for values, perhaps edited in a group, that no step can be taken with; torch's rules take any."""
+
     def rows(self, h: Hyper, p: Tensor) -> int:
         """Over how many leading slices of p the gradient is centralised, 0 for none."""
         return 0
@@ -443,7 +446,9 @@ class Settings:
         if setting is None:
             if len(self._known) > 1024:  # a schedule that never repeats a value must not grow this for ever
                 self._known.clear()
-            setting = self._known[values] = Setting(self.rule, self._hyper(values), self._index, self._written)
+            h = self._hyper(values)
+            self.rule.check(h)
+            setting = self._known[values] = Setting(self.rule, h, self._index, self._written)
         return setting
 
     def _hyper(self, values: tuple[Any, ...]) -> Hyper:

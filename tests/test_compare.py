@@ -157,6 +157,26 @@ class TestDivergence:
         result = compare(make_model, fussy, shuffled, optimizers=[explode], lrs=[0.1], steps=9, progress=False)
         assert [run.diverged_at for run in result.runs] == [1, 1, 1]
 
+    def test_of_a_loss_that_raises_on_its_way_there_counts_too(self):
+        """The weights are finite still when what is computed with them is not."""
+
+        def make():
+            return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+        def likelihood(model, batch):
+            x, y = batch
+            if not (mean := model(x)).isfinite().all():
+                finite.append(all(p.isfinite().all() for p in model.parameters()))
+            return -torch.distributions.Normal(mean, 1.0).log_prob(y).mean()
+
+        finite = []
+        x = torch.randn(64, 4)
+        data = [(x, x.sum(1, keepdim=True))]
+        result = compare(make, likelihood, data, optimizers=["SGD"], seeds=5, steps=50, lrs=[30.0], progress=False)
+        assert any(finite)
+        assert len(result.runs) == 5
+        assert all(run.diverged_at is not None and math.isnan(run.score) for run in result.runs)
+
     def test_does_not_hide_an_error_of_the_user(self):
         def broken(model, batch):
             raise RuntimeError("shapes do not match")

@@ -162,6 +162,23 @@ def test_state_is_created_on_the_first_gradient(name: str, backend: str) -> None
     assert {p: list(s) for p, s in optimizer.state.items()} == {p: list(s) for p, s in reference.state.items()}
 
 
+@pytest.mark.contract("state", difference="options switched on late", optimizers="Adagrad")
+@each_backend
+def test_an_accumulator_begins_with_the_value_of_its_group(backend: str) -> None:
+    """Where a group's own differs from the constructor's, torch takes the latter."""
+    ps = [param(3) for _ in range(3)]
+    groups = [{"params": ps[:1]}, {"params": ps[1:2], "initial_accumulator_value": 0.7}]
+    optimizer = fastopt.Adagrad(groups, initial_accumulator_value=0.3, backend=backend)
+    optimizer.add_param_group({"params": ps[2:], "initial_accumulator_value": 0.9})
+    for p in ps:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    assert [round(optimizer.state[p]["sum"][0].item() - 1, 4) for p in ps] == [0.3, 0.3, 0.9]
+    optimizer.state.clear()
+    optimizer.step()
+    assert [round(optimizer.state[p]["sum"][0].item() - 1, 4) for p in ps] == [0.3, 0.7, 0.9]
+
+
 @pytest.mark.contract("state", optimizers="Adam")
 @each_backend
 def test_state_put_there_by_a_hook_is_used(backend: str) -> None:

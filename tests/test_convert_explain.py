@@ -320,14 +320,44 @@ def test_explain_agrees_with_what_a_forced_backend_does() -> None:
     assert row.backend == "reference"
 
 
+def test_explain_shows_whatever_a_group_holds() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastopt.Adam([{"params": [p], "mask": torch.ones(3), "rate": torch.tensor(0.5)}])
+    text = str(fastopt.explain(optimizer))
+    assert "tensor of shape (3,)" in text
+    assert "tensor(0.5)" in text
+
+
 def test_explain_wants_one_of_ours() -> None:
     with pytest.raises(TypeError, match=r"convert"):
         fastopt.explain(torch.optim.Adam(params(3)))
 
 
+class HandsOn(fastopt.AdamW):
+    def __init__(self, params: Any, **rest: Any) -> None:
+        super().__init__(params, **rest)
+
+
+@pytest.mark.parametrize("of", [fastopt.AdamW, fastopt.SGD, HandsOn], ids=lambda cls: cls.__name__)
+def test_a_class_that_hands_its_arguments_on_has_those_of_the_class_above(of: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = of([p], lr=0.2)
+    optimizer.state["mine"] = 5
+    converted = fastopt.convert(optimizer, HandsOn, lr=0.3, eps=1e-5)
+    assert (type(converted), converted.defaults["lr"], converted.param_groups[0]["eps"]) == (HandsOn, 0.3, 1e-5)
+    assert converted.state.get("mine") == (5 if of is HandsOn else None)
+    for wrong in ("momentum", "params"):
+        with pytest.raises(
+            TypeError, match=rf"HandsOn has no hyper-parameter {wrong}; it has amsgrad, .*, weight_decay"
+        ):
+            fastopt.convert(optimizer, HandsOn, **{wrong: 0.9})
+
+
 def test_convert_wants_a_class() -> None:
     with pytest.raises(TypeError, match=r"such as fastopt.SGD, to hand over to; got 'SGD'"):
         fastopt.convert(torch.optim.Adam(params(3)), "SGD")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"such as fastopt.SGD, to hand over to; got <class 'int'>"):
+        fastopt.convert(torch.optim.Adam(params(3)), int)  # type: ignore[type-var]
 
 
 def test_info_names_versions_and_backends_or_reasons() -> None:

@@ -125,3 +125,9 @@ def test_the_command(tmp_path, capsys):
     assert "digits  Ranger" in printed
     assert "chars   Adam" in printed
     assert (tmp_path / "demo.png").exists()
+
+
+@pytest.mark.parametrize("name", ["demo.foo", "demo", "."])
+def test_where_no_picture_can_be_written_is_said_before_the_training(name, tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / name)]) == 2
+    assert "accepted are files whose names end in .png" in capsys.readouterr().err

@@ -562,6 +562,27 @@ def test_slow_weights_context(inner: str) -> None:
         assert same(ps, free), "right after a synchronisation slow and fast weights are the same"
 
 
+@each_inner
+def test_slow_weights_that_cannot_be_put_in_or_taken_out_leave_the_fast_ones(inner: str) -> None:
+    ps = params()
+    optimizer = fastopt.Lookahead(INNER[inner](ps), k=5, alpha=0.5)
+    train(optimizer, ps, 0, 7)
+    fast, last = [p.detach().clone() for p in ps], ps[-1].data
+    ps[-1].data = torch.zeros(77)
+    with pytest.raises(RuntimeError, match="size"), optimizer.slow_weights():
+        pytest.fail("entered")
+    ps[-1].data = last
+    assert same(ps, fast)
+    with pytest.raises(RuntimeError, match="size"), optimizer.slow_weights():
+        ps[0].data = torch.zeros(77)
+    assert same(ps[1:], fast[1:])
+    ps[0].data = fast[0].clone()
+    train(optimizer, ps, 7, 10)
+    free = params()
+    train(fastopt.Lookahead(INNER[inner](free), k=5, alpha=0.5), free, 0, 10)
+    assert same(ps, free)
+
+
 @pytest.mark.contract("lookahead", "state", "distributed", optimizers="Lookahead")
 @each_inner
 def test_distributed_checkpoint_functions(inner: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 import pickle
 import warnings
 from typing import Any
@@ -544,3 +545,24 @@ def test_parameter_given_twice_steps_twice() -> None:
         once.step()
         assert torch.equal(p.detach(), q.detach())
         assert twice.state[p]["step"] == once.state[q]["step"]
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "edit", [{"k": 0}, {"k": 2.5}, {"k": None}, {"alpha": 2.0}, {"alpha": -1.0}, {"alpha": math.nan}], ids=str
+)
+def test_edited_slow_weights_are_checked_before_anything_changes(edit: dict[str, Any], backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = fastopt.Ranger([p], lr=0.1, backend=backend)
+    for _ in range(3):
+        p.grad = torch.ones(5)
+        optimizer.step()
+    value, (name, given), before = p.detach().clone(), *edit.items(), dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(edit)
+    with pytest.raises(ValueError, match=f"Invalid {name} value: {given}"):
+        optimizer.step()
+    assert torch.equal(p, value)
+    assert optimizer.state[p]["step"] == 3
+    optimizer.param_groups[0].update(before)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 4

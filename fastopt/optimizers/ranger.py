@@ -33,6 +33,9 @@ class RangerRule(RAdamRule):
     optional: Sequence[str] = ("alpha", "k", "n_sma_threshold", "use_gc", "gc_conv_only", "degenerated_to_sgd")
     slow = Slot(SLOW, copy_of)
 
+    def check(self, h: Hyper) -> None:
+        check_slow(h.k, h.alpha)
+
     def threshold(self, h: Hyper) -> Number:
         threshold: Number = h.n_sma_threshold
         return threshold

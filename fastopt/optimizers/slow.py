@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +31,19 @@ def check_slow(k: Any, alpha: Any) -> None:
 
 def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     raise RuntimeError("step() inside slow_weights(): the update would be undone at the end of the block; step outside")
+
+
+def _put_back(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Writes every value that can be written, and then raises what was wrong with the first of the others."""
+    wrong: list[RuntimeError] = []
+    with torch.no_grad():
+        for p, value in zip(params, values, strict=True):
+            try:
+                p.copy_(value)
+            except RuntimeError as error:
+                wrong.append(error)
+    if wrong:
+        raise wrong[0]
 
 
 class SlowWeights(_Base):
@@ -66,15 +79,14 @@ class SlowWeights(_Base):
         ]
         wrapped: Optimizer | None = getattr(self, "optimizer", None)
         refusals = [one.register_step_pre_hook(_refuse) for one in (self, wrapped) if one is not None]
-        with torch.no_grad():
-            fast = [p.detach().clone() for p, _ in pairs]
-            for p, slow in pairs:
-                p.copy_(slow)
+        fast: list[Tensor] = []
         try:
+            with torch.no_grad():
+                fast += [p.detach().clone() for p, _ in pairs]  # all of them before any is written: memory may run out
+                for p, slow in pairs:
+                    p.copy_(slow)
             yield
         finally:
             for refusal in refusals:
                 refusal.remove()
-            with torch.no_grad():
-                for (p, _), value in zip(pairs, fast, strict=True):
-                    p.copy_(value)
+            _put_back([p for p, _ in pairs[: len(fast)]], fast)

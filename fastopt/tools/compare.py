@@ -180,6 +180,13 @@ def _explore(job: _Job, entrant: Entrant, grid: tuple[float, ...] | None, bar: P
     return runs
 
 
+def _blown_up(losses: Sequence[float], model: torch.nn.Module) -> bool:
+    """Whether a weight is not finite or beyond a million, or the loss a hundred times what it began with."""
+    if not all((parameter.abs() < 1e6).all() for parameter in model.parameters()):
+        return True
+    return len(losses) > 1 and abs(losses[-1]) > 100 * max(1.0, abs(losses[0]))
+
+
 def _half_decade(exponent: int) -> float:
     return float(f"{10 ** (exponent / 2):.0e}")
 
@@ -207,8 +214,8 @@ def _train(job: _Job, entrant: Entrant, lr: float, seed: int, bar: Progress) -> 
         else:
             metrics = _evaluate(job, model, optimizer, stream)
     except (RuntimeError, ValueError):
-        # Losses that check their input raise once the weights are not finite; any other error is the user's to see.
-        if all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        # Losses that check their input raise once a run has blown up; any other error is the user's to see.
+        if not _blown_up(losses, model):
             raise
     score = next(iter(metrics.values()), math.nan)
     seconds = time.perf_counter() - start
