@@ -59,7 +59,7 @@ class Engine:
         self.ignored = ignored
         index = {"chain_index": native.chain_index} if backends.available("native") else {}
         # Others of these torch adds to defaults, and not to groups.
-        self.settings = Settings(rule, flags={"maximize", "weight_decay"} & set(defaults), **index)
+        self.settings = Settings(rule, flags={"maximize", "weight_decay"} & set(defaults), checked=True, **index)
         self._plans: dict[str, Any] = {}
         self._routes: dict[int, Route] = {}
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again

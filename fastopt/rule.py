@@ -430,9 +430,14 @@ class Settings:
     """Makes settings from parameter groups, one for each distinct set of values."""
 
     def __init__(
-        self, rule: Rule, chain_index: Callable[[Chain], int] = lambda chain: -1, flags: Collection[str] = ()
+        self,
+        rule: Rule,
+        chain_index: Callable[[Chain], int] = lambda chain: -1,
+        flags: Collection[str] = (),
+        checked: bool = False,
     ) -> None:
-        """`flags`: which of `FLAGS` the optimizer's groups have."""
+        """`flags`: which of `FLAGS` the optimizer's groups have. `checked`: whether steps will be taken with them."""
+        self._checked = checked
         self.rule, self._index = rule, chain_index
         self.keys = tuple(dict.fromkeys((*rule.hyper, *FLAGS)))
         self._needed = {*rule.hyper, *flags}
@@ -447,7 +452,8 @@ class Settings:
             if len(self._known) > 1024:  # a schedule that never repeats a value must not grow this for ever
                 self._known.clear()
             h = self._hyper(values)
-            self.rule.check(h)
+            if self._checked:
+                self.rule.check(h)
             setting = self._known[values] = Setting(self.rule, h, self._index, self._written)
         return setting
 
