@@ -6,7 +6,8 @@ table, a CSV and a plot. It holds no opinion: what it says is what it measured o
 - Every seed means the same initial weights and the same batches for all optimizers.
 - The score of a run is the first value of ``evaluate(model)`` after the last step, or without ``evaluate`` the mean
   loss over the next tenth of the batches. Lookahead and Ranger, which have ``slow_weights()``, are scored on them.
-- A run diverged when its loss or its score was not finite. It stops there and counts; the others go on.
+- A run diverged when its loss or its score was not finite, or when the loss raised an error after the weights or the
+  loss had grown beyond measure. It stops there and counts; the others go on.
 - How the scores become a ranking: `fastopt.tools.comparison`.
 """
 
