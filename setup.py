@@ -59,6 +59,7 @@ COMMON_FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-Wall",
+    "-Wno-unknown-pragmas",  # a loop has them for both compilers
 )
 
 # A report is an error, and says in which line.
@@ -268,7 +269,7 @@ def cuda_units(cuda: Cuda) -> Iterator[Unit]:
 
 def emulator_units() -> Iterator[Unit]:
     """-O1: they are slow anyway, and compile in half the time."""
-    flags = ("-O1", "-Wno-unknown-pragmas")
+    flags = ("-O1",)
     for mix in all_mixes():
         yield Unit(CSRC / "emulator_kernels.cpp", (*flags, f"-DFASTOPT_MIX={mix}"), f".{mix}")
     yield Unit(CSRC / "emulator.cpp", flags)
@@ -278,7 +279,7 @@ def host_units(torch: Torch) -> Iterator[Unit]:
     shared = (f'-DFASTOPT_TORCH_VERSION="{torch.version}"', *torch.include_flags())
     if len(instruction_sets()) > 1:
         shared = ("-DFASTOPT_X86_KERNELS", *shared)
-    flags = {"cpu_driver.cpp": ("-fopenmp", "-DAT_PARALLEL_OPENMP=1")}
+    flags = {"cpu_driver.cpp": ("-DAT_PARALLEL_OPENMP=1",)}
     for source in sorted(CSRC.glob("*.cpp")):
         if source.stem not in ("absent_drivers", "cpu_kernels", "emulator", "emulator_kernels"):
             yield Unit(source, (*flags.get(source.name, ()), *shared))

@@ -50,10 +50,15 @@ struct Chain {
  private:
   template <class Stage, class T>
   FASTOPT_HD static void apply_stage(T& p, T& g, T*& s, const T*& c) {
-    using State = T[slots_of<Stage>];
     using Row = const T[coefficients_of<Stage>];
-    Stage::apply(p, g, *reinterpret_cast<State*>(s), *reinterpret_cast<Row*>(c));
-    s += slots_of<Stage>;
+    const Row& row = *reinterpret_cast<Row*>(c);
+    if constexpr (slots_of<Stage> > 0) {
+      using State = T[slots_of<Stage>];
+      Stage::apply(p, g, *reinterpret_cast<State*>(s), row);
+      s += slots_of<Stage>;
+    } else {
+      Stage::apply(p, g, row);
+    }
     c += coefficients_of<Stage>;
   }
 };

@@ -38,6 +38,7 @@ struct Item {
 const InstructionSet& instruction_set();
 
 std::vector<std::string> chain_names();
+std::vector<std::string> centralised_chain_names();  // those that a device has with a centralised gradient too
 int chain_slots(int chain);
 
 // Calls f on parts of [0, n) on torch's threads; parts are at least `grain` long.

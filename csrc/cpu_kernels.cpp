@@ -40,6 +40,7 @@ void update_elements(const Run& run) {
   const Operands<Chain, mix> with(run);
   // Streams never overlap except element by element (the plan sends overlapping parameters elsewhere). No software
   // prefetch: the hardware's follows up to six streams by itself, and every distance tried made it slower or no faster.
+#pragma clang loop vectorize(assume_safety)
 #pragma GCC ivdep
   for (int64_t j = 0; j < run.n; ++j) {
     T x = M::P::template load<T>(with.p[j]), d = M::P::template load<T>(with.g[j]) - with.shift, v[S + 1];
@@ -125,6 +126,7 @@ FASTOPT_HD void update_block(uint16_t* p, const uint16_t* g, uint16_t* const* s,
   Blocks<dtype>::load(p, x);
   Blocks<dtype>::load(g, d);
   for (int k = 0; k < S; ++k) Blocks<dtype>::load(s[k], v[k]);
+#pragma clang loop vectorize(assume_safety)
 #pragma GCC ivdep
   for (int i = 0; i < block; ++i) {
     float at = x[i], by = d[i] - shift, w[S + 1];

@@ -323,7 +323,6 @@ void DevicePlan::set(size_t number, const void* gradient, const DeviceSetting& s
 void DevicePlan::launch(void* stream, const float* found_inf, const float* grad_scale) {
   launches_ = 0;
   if (!driver_) return;
-  if (!packed_) pack();
   make_rows(stream, found_inf);
   for (const Part& part : parts_) launch(part, stream, found_inf, grad_scale);
 }
@@ -404,6 +403,7 @@ std::vector<DevicePlan::Taken> DevicePlan::taken() const {
 }
 
 void DevicePlan::pack() {
+  if (packed_ || !driver_) return;
   parts_.clear();
   for (const Bucket& bucket : buckets_)
     for (const ChainUse& use : uses(bucket))
@@ -417,6 +417,8 @@ size_t DevicePlan::pack_part(const Bucket& bucket, size_t at, ChainUse use) {
   while (at < end && !takes(bucket, at, use)) ++at;
   if (at == end) return end;
 
+  if (bucket.centralise && !is_in(use.chain, Chains{}, Centralised{}))
+    throw std::logic_error("fastopt: a chain was not compiled for centralised gradients: see csrc/chains.h");
   const size_t room = payload_bytes[bucket.any() ? 0 : tiers - 1], row_bytes = bytes_of_row(use.chain, bucket.wide());
   Part part{&bucket, use, at, 0, true, {}, {}};
   std::vector<uint32_t>& rows = part.rows;
@@ -457,8 +459,6 @@ void DevicePlan::launch(const Part& part, void* stream, const float* found_inf, 
                 row_bytes);
   }
 
-  if (bucket.centralise && !is_in(part.use.chain, Chains{}, Centralised{}))
-    throw std::logic_error("fastopt: a chain was not compiled for centralised gradients: see csrc/chains.h");
   LaunchHeader header{};
   header.table = bucket.table;
   header.rows = bucket.counted ? device_rows_ + bucket.first_counted : nullptr;

@@ -64,6 +64,8 @@ class DevicePlan {
   bool renew_row(uint32_t row_number, const Row& row);
   bool renewed() const;
 
+  // Lays out this step's launches. Before any of them, or it throws: there is a chain that no kernel was compiled for.
+  void pack();
   void launch(void* stream, const float* found_inf, const float* grad_scale);
 
   // Without a driver: the places of tensors in what `taken` gives, by the number of `add`; no two the same.
@@ -134,7 +136,6 @@ class DevicePlan {
   bool takes(const Bucket& bucket, size_t at, ChainUse use) const;
   std::vector<ChainUse> uses(const Bucket& bucket) const;
   void make_rows(void* stream, const float* found_inf);
-  void pack();
   size_t pack_part(const Bucket& bucket, size_t at, ChainUse use);
   void launch(const Part& part, void* stream, const float* found_inf, const float* grad_scale);
 

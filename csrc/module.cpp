@@ -96,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = std::string(stamp).substr(sizeof "fastopt built for torch " - 1);
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("chain_names", &fastopt::chain_names);
+  m.def("centralised_chain_names", &fastopt::centralised_chain_names);
   m.def("instruction_set", [] { return fastopt::instruction_set().name; });
   m.def("has_cuda", [] { return fastopt::cuda_driver() != nullptr; });
   m.def("cuda_archs", &fastopt::cuda_archs);

@@ -161,6 +161,7 @@ void Plan::launch_kernels(const std::vector<DeviceStep>& steps) {
   if (steps.size() != devices_.size()) throw std::invalid_argument("fastopt: launch() wants a step for each device");
   if (std::any_of(steps.begin(), steps.end(), [](const DeviceStep& step) { return step.grad_scale; }))
     check_unscaling();
+  for (DevicePlan& device : devices_) device.pack();  // what cannot be launched is found before anything is
   // The devices first: they work while the host counts. (If a launch fails, none of this step was counted.)
   for (size_t k = 0; k < devices_.size(); ++k)
     devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);

@@ -234,7 +234,7 @@ struct List {
 
   FASTOPT_HD static void write(const RowSetting& s, double t, double carry, bool single, bool asked, RowResult& row) {
     int i = 0;
-    ((s.rule == i++ ? (rows::write<Rules>(s, t, carry, single, asked, row), true) : false) || ...);
+    static_cast<void>(((s.rule == i++ ? (rows::write<Rules>(s, t, carry, single, asked, row), true) : false) || ...));
   }
 };
 

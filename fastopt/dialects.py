@@ -293,7 +293,7 @@ def _kozistr_state(job: Job, saved: Group, group: Group, states: States) -> Stat
             else "until the step is rectified pytorch_optimizer's RAdam waits, unless it has degenerated_to_sgd=True, "
             "which is not saved; here it takes momentum steps"
         )
-    return {"step": torch.tensor(float(saved["step"]))} | states
+    return {"step": torch.tensor(float(saved["step"]), device="cpu")} | states
 
 
 _KOZISTR_KEYS = frozenset({"betas", "eps", "weight_decay", "weight_decouple", "fixed_decay", "step"})
@@ -347,7 +347,7 @@ def _optimi_state(job: Job, saved: Group, group: Group, states: States) -> State
             "optimi adds eps to the bias-corrected root, here it is added to the uncorrected one: it weighs "
             f"{corrections['exp_avg_sq'] ** -0.5:.3g} times as much at step {t}, and the same later on"
         )
-    return {"step": torch.tensor(float(t))} | states
+    return {"step": torch.tensor(float(t), device="cpu")} | states
 
 
 _OPTIMI_KEYS = frozenset({"beta1", "beta2", "eps", "weight_decay", "decouple_wd", "decouple_lr", "max_lr"})

@@ -35,6 +35,12 @@ def is_due(due: Due) -> bool:
     return due if isinstance(due, bool) else (int(due[0].item()) + 1) % due[1] == 0
 
 
+def capturing() -> bool:
+    """Whether the current stream's work goes into a CUDA graph."""
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return in_use and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Route:
     """Who updates a parameter: a backend, or torch's own code ("torch"), and why not a faster one."""
@@ -60,7 +66,8 @@ class Engine:
         index = {"chain_index": native.chain_index} if backends.available("native") else {}
         # Others of these torch adds to defaults, and not to groups.
         self.settings = Settings(rule, flags={"maximize", "weight_decay"} & set(defaults), checked=True, **index)
-        self._plans: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}  # for good: captured graphs read tables that their plan keeps
+        self._plans: dict[str, Any] = {}  # those of them that take part in steps as the last one
         self._routes: dict[int, Route] = {}
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
@@ -77,7 +84,7 @@ class Engine:
         """Let go of what belonged to the last step: state that was replaced must not stay allocated until the next."""
         self.whole_step = None
         self._torch, self._distributed = {}, []
-        for plan in self._plans.values():
+        for plan in self._made.values():
             plan.release()
 
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
@@ -167,7 +174,7 @@ class Engine:
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Decide who takes which parameter, create the state that this step needs, and build the plans."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured, and this step has to make state or tables (parameters, state or "
                 "gradients are not what they were): run a step on the same tensors before capturing"
@@ -183,7 +190,10 @@ class Engine:
         self._create_state(optimizer)
         self.counts = [self._counts(optimizer, group) for group in groups]
         used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
-        self._plans = {name: self._plans.get(name) or self._make_plan(name) for name in sorted(used)}
+        self._made |= {name: self._make_plan(name) for name in used - self._made.keys()}
+        for name in self._plans.keys() - used:
+            self._plans[name].release()
+        self._plans = {name: self._made[name] for name in sorted(used)}
         for name, plan in self._plans.items():
             takes = [[self._routes[id(p)].backend == name for p in group["params"]] for group in groups]
             rows = [
@@ -195,8 +205,12 @@ class Engine:
 
     def _counts(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
         """Whether all counters of a group are where a device's kernels advance them."""
-        if not self.rule.counters or not self.settings.of(group).counts_on_device:
+        setting = self.settings.of(group)
+        if not self.rule.counters or not setting.counts_on_device:
             return False
+        as_one = self.rule.slow is not None and not self.rule.period(setting.h)
+        if as_one and len({p.device for p in group["params"]}) > 1:
+            return False  # its own counter lies on one device, which the kernels of others must not read
         for p in group["params"]:
             route = self._routes[id(p)]
             own = (optimizer.state.get(p, {}).get(key) for key in self.rule.counters)
@@ -258,11 +272,15 @@ class Engine:
         chosen = backends.choose(where := str(p.device), self.asked)
         if chosen is None:
             return Route(rest, backends.why_not("native", where))
-        if chosen == "native" and self.asked is None and (reason := native.lacks(setting, p.device.type)):
+        kind = "emulated" if chosen == "emulated" else p.device.type
+        centralised = chosen in ("native", "emulated") and self.rule.rows(setting.h, routing.within(p)) > 0
+        if chosen == "native" and self.asked is None and (reason := native.lacks(setting, kind, centralised)):
             # Not to torch's code: what it does is another rule.
             if p.device.type != "cuda" or not backends.available("triton", where):
                 return Route("reference", reason)
             chosen = "triton"
+        elif centralised and (reason := native.lacks(setting, kind, centralised)):
+            raise RuntimeError(f"backend={chosen!r} was asked for, but {reason}")
         device = chosen != "reference" and (chosen, p.device.type) != ("native", "cpu")
         if device and p.dim() > routing.MOST_DIMS:
             return Route(rest, f"{p.dim()} dimensions; the kernels of a device take up to {routing.MOST_DIMS}")

@@ -49,10 +49,11 @@ def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict
 
 def mended_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Counters that go on in float32, and where ``step`` is: torch's loading casts NAdam's ``mu_product`` to the
-    dtype of a 16-bit parameter, and takes it to the parameter's device while ``step`` stays behind."""
+    dtype of a 16-bit parameter, and takes it to the parameter's device while ``step`` stays behind. They all follow the
+    parameter when its group was told later that the device counts."""
     kept = (torch.float32, torch.float64, torch.int32, torch.int64)
     found = {key: value for key in setting.rule.counters if isinstance(value := state.get(key), Tensor)}
-    home = next((value.device for value in found.values()), None)
+    home = p.device if setting.counts_on_device else next((value.device for value in found.values()), None)
     return {
         key: value.to(home, value.dtype if value.dtype in kept else torch.float32)
         for key, value in found.items()

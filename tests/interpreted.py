@@ -322,6 +322,49 @@ def test_tables_of_a_captured_step_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert table() is not None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_default_device_moves_no_tables(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.set_default_device` is for what a training makes."""
+    monkeypatch.setattr(triton.compiled, "ENABLED", compiled)
+    p, q = (torch.nn.Parameter(torch.ones(3, 5)) for _ in range(2))
+    ours, plain = fastopt.Ranger([p], backend="triton"), fastopt.Ranger([q], backend="reference")
+    for _ in range(3):
+        p.grad, q.grad = torch.arange(15.0).reshape(3, 5), torch.arange(15.0).reshape(3, 5)
+        with torch.device("meta"):
+            ours.step()
+        plain.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tables_that_were_not_finished_are_made_again(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ran out between two of them, and the next step finds things as they were before."""
+    monkeypatch.setattr(triton.compiled, "ENABLED", compiled)
+    p, q = torch.nn.Parameter(torch.ones(4, 8)), torch.nn.Parameter(torch.ones(64, dtype=torch.float64))
+    optimizer = fastopt.SGD([p, q], lr=0.25, backend="triton")
+
+    def step(grad: torch.Tensor) -> None:
+        p.grad, q.grad = grad, torch.ones(64, dtype=torch.float64)
+        optimizer.step()
+
+    step(torch.ones(4, 8))
+    made: list[Any] = []
+
+    def fails(*args: Any) -> Any:
+        made.append(args)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no memory for the second")
+        return triton.tables.Bucket(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(triton.plan, "Bucket", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(torch.ones(8, 4).t())
+    step(torch.ones(4, 8))
+    assert (p == 0.5).all()
+    assert (q == 0.5).all()
+
+
 @stage()
 def descend_signs(p, g, rate):  # type: ignore[no-untyped-def]
     g = tl.where(g > 0, 1.0, -1.0)

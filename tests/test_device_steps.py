@@ -13,9 +13,11 @@ import torch
 from cases import CASES, DTYPES, Case, backends, by_id
 from harness import Built, Scenario, assert_same, difference, signature_has, trace
 from test_numbers import GROUPS, INTERMITTENT, SIZES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from fastopt import rule
+from fastopt.plan import mended_counters
 
 pytestmark = pytest.mark.contract("device")
 
@@ -233,3 +235,40 @@ def test_counters_of_other_dtypes(dtype: torch.dtype, backend: str) -> None:
     assert torch.equal(p, q)
     assert ours.state[p]["step"].dtype == dtype
     assert ours.state[p]["step"] == 4
+
+
+@pytest.mark.contract("device", "live")
+def test_counters_follow_a_flag_that_is_set_later() -> None:
+    """A step that a graph captures must not be counted by the host, for replays would not count."""
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = fastopt.NAdam([p])
+    (group,) = optimizer.param_groups
+    state = {"step": torch.tensor(3.0), "mu_product": torch.tensor(0.5)}
+    settings = optimizer.engine().settings
+    assert mended_counters(settings.of(group), p, state) == {}
+    group["capturable"] = True
+    mended = mended_counters(settings.of(group), p, state)
+    assert {key: value.device.type for key, value in mended.items()} == {"step": "meta", "mu_product": "meta"}
+
+
+class Watching(TorchDispatchMode):
+    """A mode that lets torch's operators pass; kernels it would not see."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", EMULATED)
+def test_a_plan_outlives_steps_that_others_take(backend: str) -> None:
+    """Graphs that were captured read memory that it keeps; of the last step's tensors it keeps nothing."""
+    p = torch.nn.Parameter(torch.ones(9))
+    optimizer = fastopt.Adam([p], backend=backend)
+    p.grad = torch.ones(9)
+    optimizer.step()
+    before = plan(optimizer)
+    with Watching():
+        optimizer.step()
+    assert before._core.devices() == []
+    optimizer.step()
+    assert plan(optimizer) is before
+    assert optimizer.state[p]["step"] == 3

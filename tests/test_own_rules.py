@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import backends
 from harness import difference, ramp, wave
 
 import fastopt
 from fastopt.chain import Stage, stage, tl
+from fastopt.optimizers.adam import AdamRule
 from fastopt.optimizers.base import Fused
+from fastopt.optimizers.radam import RAdamRule
 from fastopt.rule import Hyper, Number, Rule, Slot
 
 pytestmark = pytest.mark.contract("fallback")
@@ -73,3 +76,67 @@ def test_a_rule_that_is_not_compiled_runs_all_the_same(cls: Any, slow: bool) -> 
         RuntimeError, match=r"pulled_back.* is not compiled into fastopt._C: add its rule to csrc/chains"
     ):
         native.step()
+
+
+def rows_of(self: Rule, h: Hyper, p: torch.Tensor) -> int:
+    return p.shape[0] if p.dim() > 1 else 0
+
+
+class CentredAdam(fastopt.Adam):
+    """torch's code for its parent does not centralise."""
+
+    class _Rule(AdamRule):
+        rows = rows_of
+
+    rule = _Rule()
+
+
+class CentredRAdam(fastopt.RAdam):
+    class _Rule(RAdamRule):
+        rows = rows_of
+
+    rule = _Rule()
+
+
+def of_mean_zero() -> torch.Tensor:
+    return torch.tensor([[1.0, 2.0, -3.0], [0.5, -0.25, -0.25]])
+
+
+@pytest.mark.parametrize("backend", backends(["native", "reference"]))
+def test_lookahead_keeps_what_the_rule_does_with_gradients(backend: str) -> None:
+    p, q = (torch.nn.Parameter(ramp(6).reshape(2, 3)) for _ in range(2))
+    ours = fastopt.Lookahead(CentredAdam([p], backend=backend), k=2)
+    plain = fastopt.Lookahead(fastopt.Adam([q], backend=backend), k=2)
+    for _ in range(5):
+        p.grad, q.grad = of_mean_zero() + 2.0, of_mean_zero()  # sums and means are exact
+        ours.step()
+        plain.step()
+    assert not difference(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("backend", backends(["emulated"]))
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_kernel_that_was_not_compiled_is_missed_before_anything_changes(backend: str, counted: bool) -> None:
+    ps = [torch.nn.Parameter(torch.ones(2, 3, dtype=dtype)) for dtype in (torch.float64, torch.float32)]
+
+    def fails(optimizer: Any, match: str) -> None:
+        before = [(p.detach().clone(), dict(optimizer.state[p])) for p in ps]
+        counts = [int(optimizer.state[p].get("step", 0)) for p in ps]
+        for p in ps:
+            p.grad = of_mean_zero().to(p.dtype)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=match):
+                optimizer.step()
+        for p, (was, state), count in zip(ps, before, counts, strict=True):
+            assert not difference(p.detach(), was)
+            assert list(optimizer.state[p]) == list(state)
+            assert int(optimizer.state[p].get("step", 0)) == count
+
+    own = {"capturable": True} if counted else {}
+    fails(CentredAdam(ps, backend=backend, **own), r"no kernel for scale\+shrink\+adam with centralised gradients")
+    there = CentredRAdam(ps, backend=backend, decoupled_weight_decay=True, weight_decay=0.1, **own)
+    for p in ps:
+        p.grad = of_mean_zero().to(p.dtype)
+    there.step()
+    there.param_groups[0].update(decoupled_weight_decay=False)  # another chain for the same state
+    fails(there, "not compiled for centralised gradients")

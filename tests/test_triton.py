@@ -372,7 +372,7 @@ def test_memory_is_lent_to_streams_that_it_was_not_allocated_on(
 
 def test_tables_are_not_made_during_capture(cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, launched = steps_without_kernels(monkeypatch, 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(
         torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None, raising=False
     )

@@ -11,7 +11,7 @@ struct scale {
   static constexpr const char* state = "";
   static constexpr const char* coefficients = "factor";
   template <class T>
-  FASTOPT_HD static void apply(T&, T& g, T (&)[0], const T (&c)[1]) {
+  FASTOPT_HD static void apply(T&, T& g, const T (&c)[1]) {
     g = g * c[0];
   }
 };
@@ -22,7 +22,7 @@ struct l2 {
   static constexpr const char* state = "";
   static constexpr const char* coefficients = "weight_decay";
   template <class T>
-  FASTOPT_HD static void apply(T& p, T& g, T (&)[0], const T (&c)[1]) {
+  FASTOPT_HD static void apply(T& p, T& g, const T (&c)[1]) {
     g = fma(c[0], p, g);
   }
 };
@@ -33,7 +33,7 @@ struct shrink {
   static constexpr const char* state = "";
   static constexpr const char* coefficients = "factor";
   template <class T>
-  FASTOPT_HD static void apply(T& p, T&, T (&)[0], const T (&c)[1]) {
+  FASTOPT_HD static void apply(T& p, T&, const T (&c)[1]) {
     p = p * c[0];
   }
 };

@@ -10,7 +10,7 @@ struct sgd {
   static constexpr const char* state = "";
   static constexpr const char* coefficients = "minus_lr";
   template <class T>
-  FASTOPT_HD static void apply(T& p, T& g, T (&)[0], const T (&c)[1]) {
+  FASTOPT_HD static void apply(T& p, T& g, const T (&c)[1]) {
     p = fma(c[0], g, p);
   }
 };

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastopt.backends.amp import Amp
 from fastopt.chain import Chain
-from fastopt.rule import Setting
+from fastopt.rule import PULL, Setting
 
 Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
 """Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""
@@ -127,11 +127,24 @@ def chain_index(chain: Chain) -> int:
         ) from None
 
 
-def lacks(setting: Setting, device: str = "cpu") -> str:
-    """What of a setting was not compiled, for rules that the extension does not know; empty if it has all."""
-    unknown = [chain.name for chain in setting.chains if chain is not None and chain.name not in _indices()]
+@cache
+def _centralised() -> frozenset[str]:
+    module = extension()
+    return frozenset() if module is None else frozenset(module.centralised_chain_names())
+
+
+def lacks(setting: Setting, device: str = "cpu", centralised: bool = False) -> str:
+    """What of a setting was not compiled, for rules that the extension does not know; empty if it has all.
+
+    `centralised`: whether the gradient is, for which the kernels of a device are others.
+    """
+    pulls = setting.rule.slow is not None and not setting.rule.period(setting.h)
+    chains = [chain for chain in setting.chains if chain is not None and (chain is not PULL or pulls)]
+    unknown = [chain.name for chain in chains if chain.name not in _indices()]
     if unknown:
         return f"the extension has no kernel for {unknown[0]} (csrc/chains.h)"
+    if centralised and device != "cpu" and (unknown := [c.name for c in chains if c.name not in _centralised()]):
+        return f"the extension has no kernel for {unknown[0]} with centralised gradients on a device (csrc/chains.h)"
     counts_there = device != "cpu" and setting.counts_on_device and setting.rule.counters
     if counts_there and setting.on_device() is None:
         return "its steps are counted on the device, and the extension does not have its coefficients (csrc/rows.h)"

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fastopt import memory
 from fastopt.chain import Stage
-from fastopt.engine import Due, Engine, is_due, pull_back
+from fastopt.engine import Due, Engine, capturing, is_due, pull_back
 from fastopt.optimizers.base import Fused, entry, hide, torch_step
 from fastopt.optimizers.slow import OF_LOOKAHEAD, SlowWeights, check_slow
 from fastopt.rule import Condition, Hyper, Number, Rule, Slot, copy_of
@@ -34,6 +34,7 @@ class LookaheadRule(Rule):
         self.inner = inner
         self.hyper = (*inner.hyper, ALPHA)
         self.counters: Mapping[str, float] = inner.counters
+        self.optional = inner.optional
         self.decouples = inner.decouples
         self.slow = Slot(SLOW, copy_of)
 
@@ -64,6 +65,15 @@ class LookaheadRule(Rule):
     def alpha(self, h: Hyper) -> Number:
         alpha: Number = h.lookahead_alpha
         return alpha
+
+    def check(self, h: Hyper) -> None:
+        self.inner.check(h)
+
+    def rows(self, h: Hyper, p: Tensor) -> int:
+        return self.inner.rows(h, p)
+
+    def structure(self, h: Hyper) -> tuple[Any, ...]:
+        return self.inner.structure(h)
 
 
 class Lookahead(SlowWeights, Optimizer):
@@ -156,7 +166,9 @@ class Lookahead(SlowWeights, Optimizer):
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault(K, self._defaults[K])
         group.setdefault(ALPHA, self._defaults[ALPHA])
-        group.setdefault(STEP, 0)
+        step = group.setdefault(STEP, 0)
+        if isinstance(step, Tensor) and step.dtype != torch.float32:
+            group[STEP] = int(step)  # somebody's edit; the kernels read their own
         check_slow(group[K], group[ALPHA])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,24 +188,38 @@ class Lookahead(SlowWeights, Optimizer):
         """
         for group in self.param_groups:
             self._complete(group)
+        if capturing():
+            self._check_counts()
         sync = [_due(group) for group in self.param_groups]
         return (self._step_ours if self.fuses else self._step_foreign)(sync, closure)
+
+    def _check_counts(self) -> None:
+        """A graph that is captured decides at every replay what it decided now, unless its device counts."""
+        if all(isinstance(group[STEP], Tensor) for group in self.param_groups if group["params"]):
+            return
+        raise RuntimeError(
+            "a CUDA graph is being captured, and this Lookahead counts its steps on the host, so replays would all "
+            "synchronise or none would: wrap one of fastopt's optimizers with capturable=True and the parameters of "
+            "each group on one device, and run a step before capturing; or leave the optimizer's step out of the graph"
+        )
 
     def _advance(self) -> None:
         """Count the step, on the device for groups whose steps are counted there: a replayed graph must count too."""
         counts = self.engine().counts if self.fuses else []
-        on_device: list[Tensor] = []
+        on_device: dict[torch.device, list[Tensor]] = {}
         for i, group in enumerate(self.param_groups):
             if not (i < len(counts) and counts[i] and group["params"]):
                 group[STEP] = int(group[STEP]) + 1
                 continue
             if not isinstance(group[STEP], Tensor):
-                group[STEP] = torch.full((), float(group[STEP]), device=group["params"][0].device)
-            on_device.append(group[STEP])
-        if on_device:
-            found_inf = getattr(self, "found_inf", None)
-            taken: Any = 1.0 if found_inf is None else 1.0 - found_inf.to(on_device[0].device).reshape(())
-            torch._foreach_add_(on_device, taken)
+                where = group["params"][0].device
+                group[STEP] = torch.full((), float(group[STEP]), dtype=torch.float32, device=where)
+            on_device.setdefault(group[STEP].device, []).append(group[STEP])
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for device, steps in on_device.items():
+            # Several processes or devices may have overflowed: it is their number then.
+            taken: Any = 1.0 if found_inf is None else (found_inf == 0).to(device, torch.float32).reshape(())
+            torch._foreach_add_(steps, taken)
 
     def _step_ours(self, sync: list[Due], closure: Callable[[], Any] | None) -> Any:
         """The inner step() itself, so that its hooks and schedulers see it, with our stage in the same pass."""

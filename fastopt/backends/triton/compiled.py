@@ -56,6 +56,7 @@ class CompiledPlan(TritonPlan):
         """Whether the compiled plan takes the steps of the tables that were built last."""
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
+        self._serves = False
         super().build(groups, state, takes, rows, fresh)
         self._parts = {}
         on_device = [segment for segments in self._segments for segment in segments if segment.on_device]

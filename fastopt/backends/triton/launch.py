@@ -127,8 +127,17 @@ class Launcher:
         self._ready: dict[Hashable, Ready] = {}
         self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
         self._captured_inputs: list[list[Tensor]] = []  # and of hyper-parameters
+        self._captured_kernels: list[dict[Hashable, Ready]] = []  # Triton unloads what nobody holds
         self.launches = 0
         """How many kernels the last step launched."""
+
+    def _forget_kernels(self) -> None:
+        """Those of the tables that there were, and what knows them and, through them, states."""
+        for made in self._rows.values():
+            made.forget()
+        if self._captured and self._captured[-1] is self._buckets:
+            self._captured_kernels.append(self._ready)
+        self._ready = {}
 
     def _send(self, device: torch.device, block: Block) -> Sent:
         """The block of a step on its device. What a graph that is being captured reads is kept."""

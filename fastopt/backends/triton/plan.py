@@ -211,17 +211,16 @@ class TritonPlan(Launcher):
         self._tile = tile or tables.TILE
         self._memo: dict[tuple[Any, ...], Row] = {}
         self._params: list[Tensor] = []
+        self._counts = [-1]
         self._work: list[Work] = []
         self._updates: list[tuple[list[Any], float]] = []
         self._written: list[Tensor] = []
         self._grads: list[Tensor] = []
 
     def build(self, groups: Groups, state: State, takes: Flags, rows: Counts, fresh: Flags) -> None:
-        for made in self._rows.values():  # they know the tables and, through them, states
-            made.forget()
-        self._ready.clear()
+        self._counts = [-1]  # nothing fits until all is there: memory may run out on the way
+        self._forget_kernels()
         self._params = [p for group in groups for p in group["params"]]
-        self._counts = [len(group["params"]) for group in groups]
         settings = self._settings.of(groups)
         self._layouts = [setting.layout for setting in settings]
         self._waiting: list[Tensor] = []
@@ -238,6 +237,7 @@ class TritonPlan(Launcher):
                 entries.append(entry)
         self._make_buckets(entries, settings)
         self._record(state)
+        self._counts = [len(group["params"]) for group in groups]
 
     def _make_buckets(self, entries: list[Entry], settings: list[Setting]) -> None:
         by_key: dict[Key, list[Entry]] = {}

@@ -158,7 +158,7 @@ class Bucket:
     def __post_init__(self) -> None:
         key, entries = self.key, self.entries
         self.width = kernels.SIZES + key.rank * (3 + len(key.states))
-        lengths = torch.tensor([e.p.numel() for e in entries])
+        lengths = torch.tensor([e.p.numel() for e in entries], device="cpu")
         self.chunk = self.tile.length(key)
         counts = self._counts(lengths)
         first = counts.cumsum(0) - counts
@@ -171,7 +171,7 @@ class Bucket:
         order = torch.argsort(lengths, descending=True, stable=True) if key.mean != kernels.SPLIT else None
         self.items = item_map(counts, order).to(key.device)
         self.programs = int(counts.sum())
-        self.table = torch.tensor(rows, dtype=torch.int64).to(key.device)
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(key.device)
         split = key.mean == kernels.SPLIT
         self.partials = torch.empty(2 * self.programs if split else 2, dtype=torch.float64, device=key.device)
         self.stream = stream_of(key.device)
@@ -184,24 +184,24 @@ class Bucket:
 
     def list_counters(self) -> None:
         addresses = [[c.data_ptr() for c in e.counters] for e in self.entries]
-        self.counters = torch.tensor(addresses, dtype=torch.int64).to(self.key.device)
+        self.counters = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(self.key.device)
 
     def _counts(self, lengths: Tensor) -> Tensor:
         """How many work items each entry has."""
         chunk = self.chunk
         if self.key.mean == kernels.FLAT:
             return (lengths + chunk - 1) // chunk
-        slices = torch.tensor([max(1, e.slice) for e in self.entries])
+        slices = torch.tensor([max(1, e.slice) for e in self.entries], device="cpu")
         rows = lengths // slices
         return rows if self.key.mean == kernels.ROWS else rows * ((slices + chunk - 1) // chunk)
 
 
 def item_map(counts: Tensor, order: Tensor | None = None) -> Tensor:
     """Pairs (tensor, part), tensor by tensor; `order` says in which order the tensors come."""
-    order = torch.arange(len(counts)) if order is None else order
+    order = torch.arange(len(counts), device="cpu") if order is None else order
     counts = counts[order]
     tensor = torch.repeat_interleave(order, counts)
-    part = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    part = torch.arange(len(tensor), device="cpu") - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.stack([tensor, part], 1).to(torch.int32)
 
 
@@ -247,7 +247,7 @@ class Channel:
         self._kept: list[Any] = []
         self.capturing = False
         self._stream = 0
-        self.sent = Sent(torch.empty(0, dtype=torch.uint8))
+        self.sent = Sent(torch.empty(0, dtype=torch.uint8, device="cpu"))
         self._scratch, self._scratch_stream = self.sent, 0
 
     def send(self, block: bytes) -> Sent:
@@ -311,7 +311,7 @@ class Channel:
             self._spare.append(self._host())
 
     def _host(self) -> Tensor:
-        return torch.empty(self._capacity, dtype=torch.uint8, pin_memory=self._cuda)
+        return torch.empty(self._capacity, dtype=torch.uint8, device="cpu", pin_memory=self._cuda)
 
 
 def _roomy(n: int) -> int:
