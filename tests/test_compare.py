@@ -374,6 +374,14 @@ class TestBadInput:
             ({"seeds": 2.0}, TypeError, "seeds is a count, or a list of seeds; got 2.0"),
             ({"seeds": [1, 1]}, ValueError, "different"),
             ({"steps": 0}, ValueError, "steps must be at least 1"),
+            ({"steps": 2.5}, TypeError, "steps is a whole number; got 2.5"),
+            ({"loss": 3}, TypeError, r"loss is a function \(model, batch\) -> scalar; got 3"),
+            ({"evaluate": 3}, TypeError, "evaluate is a function of the model, or None; got 3"),
+            ({"batches": 3}, TypeError, "batches is an iterable, or a function from the seed to one; got 3"),
+            ({"seeds": [0, 1.5]}, TypeError, r"seeds are whole numbers; got \[0, 1.5\]"),
+            ({"confidence": "a"}, ValueError, "confidence is a probability between 0 and 1; got 'a'"),
+            ({"optimizers": 3}, TypeError, r"optimizers must be a list or a mapping from names; got 3: write \[3\]"),
+            ({"optimizers": {1: "SGD"}}, TypeError, "the keys of optimizers are names for the table; got 1"),
             ({"confidence": 95}, ValueError, "between 0 and 1"),
         ],
         ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
@@ -382,9 +390,9 @@ class TestBadInput:
         def never(model, batch):
             raise AssertionError("trained")
 
-        settings = {"optimizers": ["SGD"], "lrs": [0.1], "progress": False, **options}
+        settings = {"loss": never, "batches": shuffled, "optimizers": ["SGD"], "lrs": [0.1], "progress": False}
         with pytest.raises(error, match=message):
-            compare(make_model, never, shuffled, **settings)
+            compare(make_model, **settings | options)
 
     def test_batches_that_cannot_start_over(self):
         with pytest.raises(TypeError, match="read only once"):

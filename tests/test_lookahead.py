@@ -195,6 +195,28 @@ def test_groups_may_have_their_own_k_and_alpha(inner: str) -> None:
 
 
 @pytest.mark.contract("lookahead", "live", optimizers="Lookahead")
+@pytest.mark.parametrize("inner", [fastopt.SGD, torch.optim.SGD])
+@pytest.mark.parametrize("by", ["closure", "hook"])
+def test_groups_added_within_a_step(inner: Any, by: str) -> None:
+    """The new group takes this step as its first, and synchronises by its own count."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = fastopt.Lookahead(inner([p], lr=0.25), k=2, alpha=0.5)
+
+    def add(*_: Any) -> None:
+        p.grad, q.grad = torch.ones(2), torch.ones(2)
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": [q]})
+
+    p.grad = torch.ones(2)
+    optimizer.step()  # 0.75
+    if by == "hook":
+        optimizer.optimizer.register_step_pre_hook(add)
+    optimizer.step(add if by == "closure" else None)  # to 0.5, back to half of the way from 1
+    assert [g["lookahead_step"] for g in optimizer.param_groups] == [2, 1]
+    assert [p.tolist(), q.tolist()] == [[0.75, 0.75], [0.75, 0.75]]
+
+
+@pytest.mark.contract("lookahead", "live", optimizers="Lookahead")
 @each_inner
 def test_k_and_alpha_edited_in_the_group_take_effect(inner: str) -> None:
     ps = params()

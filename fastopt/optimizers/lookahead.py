@@ -186,16 +186,19 @@ class Lookahead(SlowWeights, Optimizer):
         Args:
             closure: Reevaluates the model and returns the loss.
         """
-        for group in self.param_groups:
-            self._complete(group)
         if capturing():
             self._check_counts()
-        sync = [_due(group) for group in self.param_groups]
-        return (self._step_ours if self.fuses else self._step_foreign)(sync, closure)
+        return (self._step_ours if self.fuses else self._step_foreign)(closure)
+
+    def _dues(self) -> list[Due]:
+        """What each group does at this step: asked late, for a closure or a hook may have added groups."""
+        for group in self.param_groups:
+            self._complete(group)
+        return [_due(group) for group in self.param_groups]
 
     def _check_counts(self) -> None:
         """A graph that is captured decides at every replay what it decided now, unless its device counts."""
-        if all(isinstance(group[STEP], Tensor) for group in self.param_groups if group["params"]):
+        if all(isinstance(group.get(STEP), Tensor) for group in self.param_groups if group["params"]):
             return
         raise RuntimeError(
             "a CUDA graph is being captured, and this Lookahead counts its steps on the host, so replays would all "
@@ -221,11 +224,11 @@ class Lookahead(SlowWeights, Optimizer):
             taken: Any = 1.0 if found_inf is None else (found_inf == 0).to(device, torch.float32).reshape(())
             torch._foreach_add_(steps, taken)
 
-    def _step_ours(self, sync: list[Due], closure: Callable[[], Any] | None) -> Any:
+    def _step_ours(self, closure: Callable[[], Any] | None) -> Any:
         """The inner step() itself, so that its hooks and schedulers see it, with our stage in the same pass."""
 
         def drive() -> None:
-            if self.engine().step(self.optimizer, amp=self, sync=sync):
+            if self.engine().step(self.optimizer, amp=self, sync=self._dues()):
                 self._advance()
 
         vars(self.optimizer)["_drive"] = drive
@@ -245,11 +248,12 @@ class Lookahead(SlowWeights, Optimizer):
             self._held = held = (inner, engine)
         return held[1]
 
-    def _step_foreign(self, sync: list[Due], closure: Callable[[], Any] | None) -> Any:
+    def _step_foreign(self, closure: Callable[[], Any] | None) -> Any:
         # State of an optimizer that initialises lazily must not exist before its first step, so the copies of the
         # parameters wait outside. With a closure, gradients only appear inside the step.
         before: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
+            self._complete(group)
             for p in group["params"]:
                 if SLOW not in self.state.get(p, {}) and (p.requires_grad if closure else p.grad is not None):
                     before[p] = memory.copy_of(p)
@@ -257,7 +261,7 @@ class Lookahead(SlowWeights, Optimizer):
         for p, slow in before.items():
             if p.grad is not None:
                 self.state[p][SLOW] = slow
-        for group, due in zip(self.param_groups, sync, strict=True):
+        for group, due in zip(self.param_groups, self._dues(), strict=True):
             if is_due(due):
                 for p in group["params"]:
                     pull_back(p, self.state.get(p, {}).get(SLOW), float(group[ALPHA]))

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -89,8 +90,8 @@ def compare(
     job.check()
     contestants = entrants(optimizers)
     grid = None if lrs is None else _check_lrs(lrs)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is a probability between 0 and 1; got {confidence}")
+    if not (isinstance(confidence, int | float) and 0 < confidence < 1):
+        raise ValueError(f"confidence is a probability between 0 and 1; got {confidence!r}")
     points = START_POINTS if grid is None else len(grid)
     runs: list[Run] = []
     with Progress(len(contestants) * points * len(job.seeds) * steps, progress) as bar, _random_state_kept():
@@ -115,8 +116,16 @@ class _Job:
                 "make_model must be a function that makes a fresh model, as in lambda: Net(); "
                 f"got {type(self.make_model).__name__}"
             )
+        if not callable(self.loss):
+            raise TypeError(f"loss is a function (model, batch) -> scalar; got {self.loss!r}")
+        if not (self.evaluate is None or callable(self.evaluate)):
+            raise TypeError(f"evaluate is a function of the model, or None; got {self.evaluate!r}")
+        if not isinstance(self.steps, Integral):
+            raise TypeError(f"steps is a whole number; got {self.steps!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
+        if not (callable(self.batches) or hasattr(self.batches, "__iter__") or hasattr(self.batches, "__getitem__")):
+            raise TypeError(f"batches is an iterable, or a function from the seed to one; got {self.batches!r}")
         if isinstance(self.batches, Iterator):
             raise TypeError(
                 f"batches is a {type(self.batches).__name__}, read only once, but every run starts afresh: "
@@ -138,9 +147,11 @@ class _Job:
 
 
 def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(seeds, int | Iterable):
+    if not isinstance(seeds, Integral | Iterable):
         raise TypeError(f"seeds is a count, or a list of seeds; got {seeds!r}")
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    chosen = tuple(range(int(seeds))) if isinstance(seeds, Integral) else tuple(seeds)
+    if not all(isinstance(seed, Integral) for seed in chosen):
+        raise TypeError(f"seeds are whole numbers; got {seeds!r}")
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds must be a count of at least 1, or different numbers; got {seeds}")
     return chosen

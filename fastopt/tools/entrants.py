@@ -8,7 +8,7 @@ Accepted: a name (``"Adam"``, any case), a name with options (``"SGD(momentum=0.
 import ast
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -49,7 +49,11 @@ def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None
         )
     if specs is None:
         specs = default_names()
+    if not isinstance(specs, Iterable):
+        raise TypeError(f"optimizers must be a list or a mapping from names; got {specs!r}: write [{specs!r}]")
     labelled = specs.items() if isinstance(specs, Mapping) else [("", spec) for spec in specs]
+    if unnamed := [label for label, _ in labelled if not isinstance(label, str)]:
+        raise TypeError(f"the keys of optimizers are names for the table; got {unnamed[0]!r}")
     found = [_entrant(label, spec) for label, spec in labelled]
     if not found:
         raise ValueError("no optimizers given: name at least one, or leave optimizers out to compare all")
