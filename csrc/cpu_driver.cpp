@@ -295,8 +295,7 @@ void Shares::add(int64_t n) {
 
 void Shares::run(const std::function<void(size_t, size_t)>& whole,
                  const std::function<void(size_t, int64_t, int64_t)>& part) const {
-  const int64_t all = begins_.back();
-  parallel(all, all < 2 * alone ? all : grain, [&](int64_t begin, int64_t end) {
+  const auto share = [&](int64_t begin, int64_t end) {
     // A tensor begins in one share, and may go on in the next.
     const auto from = [this](int64_t at) {
       return static_cast<size_t>(std::lower_bound(begins_.begin(), begins_.end() - 1, at) - begins_.begin());
@@ -308,7 +307,9 @@ void Shares::run(const std::function<void(size_t, size_t)>& whole,
       const int64_t own = std::clamp<int64_t>(begin - zero, 0, n), others = std::clamp<int64_t>(end - zero, 0, n);
       if (own < others) part(i, own, others);
     }
-  });
+  };
+  const int64_t all = begins_.back();
+  parallel(all, all < 2 * alone ? all : grain, std::cref(share));
 }
 
 }  // namespace fastopt
