@@ -1,19 +1,15 @@
 #include "memo.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
 namespace fastopt {
 
 size_t Memo::slot(const RowKey& key) const {
   uint64_t h = reinterpret_cast<uint64_t>(key.setting) >> 4;
-  uint64_t t, carry;
-  std::memcpy(&t, &key.t, sizeof t);
-  std::memcpy(&carry, &key.carry, sizeof carry);
-  h = (h ^ t) * 0x9E3779B97F4A7C15u;
+  h = (h ^ RowKey::bits(key.t)) * 0x9E3779B97F4A7C15u;
   h = (h ^ key.lr ^ (h >> 31)) * 0x94D049BB133111EBu;
-  h = (h ^ carry ^ (h >> 29)) * 0xBF58476D1CE4E5B9u + key.stepped * 4 + key.single * 2 + key.sync;
+  h = (h ^ RowKey::bits(key.carry) ^ (h >> 29)) * 0xBF58476D1CE4E5B9u + key.stepped * 4 + key.single * 2 + key.sync;
   size_t i = (h ^ (h >> 32)) & (table_.size() - 1);
   while (table_[i] >= 0 && !(rows_[table_[i]].first == key)) i = (i + 1) & (table_.size() - 1);
   return i;

@@ -1,6 +1,7 @@
 // Coefficient rows by key: a setting, the step it takes, and what the step carries over.
 #pragma once
 
+#include <bit>
 #include <deque>
 #include <functional>
 #include <utility>
@@ -31,10 +32,11 @@ struct RowKey {
   bool sync;
   bool stepped = false;        // else there is no gradient, and slow weights only synchronise
   uint64_t lr = settings_own;  // else the bits of what it is now; of a setting with tensors, when it was looked at
-  bool operator==(const RowKey& other) const {
-    return setting == other.setting && t == other.t && carry == other.carry && single == other.single &&
-           sync == other.sync && stepped == other.stepped && lr == other.lr;
+  bool operator==(const RowKey& other) const {  // NaN is NaN
+    return setting == other.setting && bits(t) == bits(other.t) && bits(carry) == bits(other.carry) &&
+           single == other.single && sync == other.sync && stepped == other.stepped && lr == other.lr;
   }
+  static uint64_t bits(double x) { return std::bit_cast<uint64_t>(x); }
 };
 
 // Rows in storage that is reused and never moves, so that the steady state allocates nothing.

@@ -124,11 +124,8 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("gather",
            [](Plan& plan, py::object groups, py::object state, py::object sync) {
-             return translated([&] {
-               if (plan.gather(groups.ptr(), state.ptr(), sync.ptr()) != fastopt::Verdict::ready) return false;
-               plan.keep();
-               return true;
-             });
+             return translated(
+                 [&] { return plan.gather(groups.ptr(), state.ptr(), sync.ptr()) == fastopt::Verdict::ready; });
            })
       .def("release", &Plan::release)
       .def("devices", &Plan::devices)

@@ -61,11 +61,6 @@ int Plan::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-void Plan::release() {
-  wait_until_idle();
-  clear();
-}
-
 void Plan::clear() {
   built_ = gathered_ = false;
   found_.clear();
@@ -113,30 +108,58 @@ void Plan::activate(Entry& entry, Group& group, Found& found, bool sync) {
     layout_with(entry, (stepped ? found.grad : p->impl)->strides());
 }
 
-// Once something does not fit, nothing does until the plan is built again.
 Verdict Plan::gather(PyObject* groups, PyObject* state, PyObject* sync) {
-  const Verdict verdict = inspect(groups, state, sync);
-  gathered_ = verdict == Verdict::ready;
+  const Turn turn(*this);
+  find(groups, state, sync);
+  if (gathered_) keep();
+  return gathered_ && !released_ ? Verdict::ready : Verdict::rebuild;
+}
+
+// Once something does not fit, nothing does until the plan is built again.
+void Plan::find(PyObject* groups, PyObject* state, PyObject* sync) {
+  gathered_ = false;
+  kept_.clear();
+  gathered_ = inspect(groups, state, sync) == Verdict::ready;
   if (!gathered_) built_ = false;
-  return verdict;
 }
 
 Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
-  wait_until_idle();
   if (!built_ || !PyList_Check(groups) || !PyDict_Check(state)) return Verdict::rebuild;
   if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return Verdict::rebuild;
   trim();
   ++looks_;
+  uint64_t ran = python_ran_;
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (i + groups_ahead < groups_.size()) prefetch(groups_[i + groups_ahead]);
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   }
-  if (!check_state(state)) return Verdict::rebuild;
-
-  found_.resize(entries_.size());
-  if (!wrapped_.empty() && !(check_objects(0, entries_.size()) && check_wrapped())) return Verdict::rebuild;
-
   for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
+  // The second time, all that Python can be asked for is known.
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    if (ran != python_ran_ && !has_groups(groups)) return Verdict::rebuild;
+    ran = python_ran_;
+    if (!find_all(state, sync)) return Verdict::rebuild;
+    if (ran == python_ran_) return Verdict::ready;
+  }
+  return Verdict::rebuild;
+}
+
+// Whether these are still the groups, with as many parameters.
+bool Plan::has_groups(PyObject* groups) const {
+  if (!PyList_Check(groups) || static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return false;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    PyObject* const dict = groups_[i].dict.get();
+    if (PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)) != dict) return false;
+    if (PyDict_GetItem(dict, names().params) != groups_[i].params.get() || !check_params(groups_[i])) return false;
+  }
+  return true;
+}
+
+// Looks at all parameters, and decides what becomes of each; false if the plan does not fit.
+bool Plan::find_all(PyObject* state, PyObject* sync) {
+  found_.resize(entries_.size());
+  if (!check_state(state)) return false;
+  if (!wrapped_.empty() && !(check_objects(0, entries_.size()) && check_wrapped() && check_state(state))) return false;
   // This touches no Python object's reference count, so it may run on several threads at once.
   std::atomic<bool> intact = true, settled = shared_;
   const auto count = static_cast<int64_t>(entries_.size());
@@ -147,17 +170,17 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
     else if (!examine(first, last, sync))
       settled = false;
   });
-  if (!intact) return Verdict::rebuild;
-  if (settled && renew_devices()) return Verdict::ready;
+  if (!intact) return false;
+  if (settled && renew_devices()) return true;
 
   shared_ = false;
   shares_.clear();
   for (DevicePlan& device : devices_) device.begin_step();
   for (size_t i = 0; i < groups_.size(); ++i)
-    if (!decide(groups_[i], asked(sync, i))) return Verdict::rebuild;
+    if (!decide(groups_[i], asked(sync, i))) return false;
   for (Group& group : groups_) group.taken = group.last_row;
   shared_ = true;
-  return Verdict::ready;
+  return true;
 }
 
 // Tells the devices what rows follow those of the last step.
@@ -203,6 +226,7 @@ bool Plan::decide(Group& group, PyObject* asked) {
 }
 
 bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {
+  const Turn turn(*this);
   if (steps.size() != devices_.size()) return false;
   for (PyObject* name : names().called) {
     PyObject* const hooks = PyDict_GetItemWithError(optimizer, name);
@@ -210,11 +234,13 @@ bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {
   }
   for (PyObject* name : names().given)
     if (PyDict_GetItemWithError(optimizer, name)) return false;
-  // Held, for another thread may exchange them while this one waits for its turn.
+  // Held, for another thread may exchange them while Python code runs.
   const Ref groups(PyDict_GetItemWithError(optimizer, names().param_groups));
   const Ref state(PyDict_GetItemWithError(optimizer, names().state));
-  if (!groups || !state || gather(groups.get(), state.get(), Py_None) != Verdict::ready) return false;
-  launch(steps);
+  if (!groups || !state) return false;
+  find(groups.get(), state.get(), Py_None);
+  if (!gathered_) return false;
+  run_all(steps);
   return true;
 }
 

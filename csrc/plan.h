@@ -6,9 +6,13 @@
 // the counters and runs the kernels. States are not kept alive between steps: who takes them out of optimizer.state
 // gets their memory back. What lies at an address that is used again is examined as what was there before, so that
 // nothing depends on its being the same object.
+//
+// Python code that is called on the way may let other threads run, and these may change all that was looked at. So a
+// thread has the plan to itself (Turn), and what was found counts only if no such code ran after it (python_ran_).
 #pragma once
 
 #include <memory>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -37,9 +41,8 @@ class Plan {
   void build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh);
   // sync: None, or per group whether the slow weights synchronise; where the group counts on its device, its counter (a
   // float32 tensor) and the steps between synchronisations.
+  // What it finds is kept alive until launch() is done, for Python code that runs in between.
   Verdict gather(PyObject* groups, PyObject* state, PyObject* sync);
-  // Keeps alive, until launch() is done, what gather() found: for Python code that runs in between or meanwhile.
-  void keep();
   // The devices that launch() will be asked for, beside the host.
   std::vector<int> devices() const;
   // For each of devices(): the stream to use and, or null, where the overflow flag and the loss scale are.
@@ -59,10 +62,21 @@ class Plan {
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
-  // The same, after a step that is under way in another thread.
+  // The same, or if the plan is in use when it no longer is.
   void release();
 
  private:
+  // While it exists, no other thread is in the plan.
+  class Turn {
+   public:
+    explicit Turn(Plan& plan);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    Plan& plan_;
+  };
   // A parameter whose memory is another tensor's, as a DTensor's is its local shard's.
   struct Wrapped {
     size_t entry;
@@ -151,7 +165,14 @@ class Plan {
   }
 
   Ref setting_of(PyObject* dict, bool* immutable);
+  void fill(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh);
+  void find(PyObject* groups, PyObject* state, PyObject* sync);
   Verdict inspect(PyObject* groups, PyObject* state, PyObject* sync);
+  bool find_all(PyObject* state, PyObject* sync);
+  void run_all(const std::vector<DeviceStep>& steps);
+  void keep();
+  bool has_groups(PyObject* groups) const;
+  bool was_recorded(const Entry& entry, const Wrapped* wrapped, const State& own) const;
   bool check_group(Group& group, PyObject* dict);
   bool check_params(const Group& group) const;
   void record_group(Group& group, PyObject* dict);
@@ -162,13 +183,14 @@ class Plan {
   bool check_strides(const Entry& entry) const;
   bool check_wrapped();
   PyObject* unwrap(Entry& entry);
-  void build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys);
+  using States = std::unordered_map<PyObject*, Ref>;  // by parameter
+  void build_entry(Entry& entry, const Group& group, const States& states, const std::vector<Ref>& slot_keys);
   bool build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys);
   bool build_counters(Entry& entry, PyObject* state, bool on_device);
   void record_state(PyObject* state);
   void lay_out(Entry& entry);
   void plan_device(Entry& entry);
-  static void read_row_setting(Group& group);
+  void read_row_setting(Group& group) const;
   void take_setting(Group& group);
   bool make_row(Group& group, const RowKey& key, Row& row) const;
   DeviceSetting device_setting(Group& group, PyObject* sync);
@@ -194,7 +216,6 @@ class Plan {
   void commit(Entry& entry, const Found& found);
   void launch_kernels(const std::vector<DeviceStep>& steps);
   void run(bool counts, bool updates);
-  void wait_until_idle();
   const Row* row_for(Group& group, RowKey key);
   void read_symbolic(Group& group) const;
   void trim();
@@ -218,9 +239,12 @@ class Plan {
   // Gradients and states, while other Python code may run.
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;
   bool built_ = false;
-  bool gathered_ = false;  // and not launched since, nor built again
-  bool running_ = false;
-  int waiting_ = 0;  // threads, for running_ to end
+  bool gathered_ = false;            // and not launched since, nor built again
+  mutable uint64_t python_ran_ = 0;  // how often, and so perhaps other threads
+  unsigned long owner_ = 0;          // the thread whose turn it is
+  uint64_t owner_forks_ = 0;         // how often the process had forked when it began
+  bool released_ = false;            // during this turn
+  int waiting_ = 0;                  // threads, for theirs
   Ref memory_;
   Devices kernels_;
   std::vector<DevicePlan> devices_;

@@ -1,4 +1,5 @@
 // Making the plan: what is recorded of every parameter, and its place in the tables of its device.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -10,8 +11,9 @@ namespace fastopt {
 bool Plan::build_slots(Entry& entry, PyObject* state, const std::vector<Ref>& slot_keys) {
   if (slot_keys.size() > static_cast<size_t>(max_slots)) throw std::invalid_argument("fastopt: too many state tensors");
   for (const Ref& key : slot_keys) {
-    PyObject* object = PyDict_GetItemWithError(state, key.get());
-    if (!object) return false;
+    const Ref found(PyDict_GetItemWithError(state, key.get()));
+    if (!found) return false;
+    PyObject* object = found.get();
     if (!is_tensor(object)) throw std::invalid_argument("fastopt: a state is not a tensor");
     if (entry.wrapped) {
       wrapped_.back().wrappers[entry.slot_count] = object;
@@ -97,7 +99,7 @@ void Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) const {
   entry.layout->strides[1].assign(gradient.begin(), gradient.end());
 }
 
-void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const std::vector<Ref>& slot_keys) {
+void Plan::build_entry(Entry& entry, const Group& group, const States& states, const std::vector<Ref>& slot_keys) {
   entry.first = static_cast<uint32_t>(tracked_.size());
   Tracked own_memory = track(unwrap(entry));
   const c10::TensorImpl* impl = own_memory.impl;
@@ -107,14 +109,15 @@ void Plan::build_entry(Entry& entry, const Group& group, PyObject* state, const 
   entry.n = impl->numel();
   entry.meta = impl->autograd_meta();
   entry.shape = fingerprint(impl->sizes());
-  PyObject* own = PyDict_GetItemWithError(state, entry.param.get());
-  if (!own && PyErr_Occurred()) throw PythonError{};
-  if (slot_keys.empty() && counter_keys_.empty())
+  if (slot_keys.empty() && counter_keys_.empty()) {
     entry.has_state = true;
-  else
+  } else {
+    const auto found = states.find(entry.param.get());
+    PyObject* const own = found == states.end() ? nullptr : found->second.get();
+    const bool counted = kernels_ != Devices::cuda && impl->device().is_cpu() && group.counts_on_device;
     entry.has_state =
-        own && PyDict_Check(own) && build_slots(entry, own, slot_keys) &&
-        build_counters(entry, own, kernels_ != Devices::cuda && impl->device().is_cpu() && group.counts_on_device);
+        own && PyDict_Check(own) && build_slots(entry, own, slot_keys) && build_counters(entry, own, counted);
+  }
   if (!entry.has_state) {
     entry.slot_count = entry.counter_count = 0;
     tracked_.resize(entry.first + 1);
@@ -199,16 +202,17 @@ void Plan::place_devices() {
 void Plan::record_state(PyObject* state) {
   PyObject *key, *value;
   Py_ssize_t at = 0;
-  while (PyDict_Next(state, &at, &key, &value)) outer_.emplace_back(key, value);
+  std::unordered_map<PyObject*, PyObject*> states;
+  while (PyDict_Next(state, &at, &key, &value)) {
+    outer_.emplace_back(key, value);
+    states.emplace(key, value);
+  }
   state_version_ = version_of(state);
   for (const Entry& entry : entries_) {
     State& own = states_.emplace_back();
-    own.dict = entry.native ? PyDict_GetItemWithError(state, entry.param.get()) : nullptr;
-    if (!own.dict && PyErr_Occurred()) throw PythonError{};
-    if (!own.dict || !PyDict_Check(own.dict)) {
-      own.dict = nullptr;
-      continue;
-    }
+    const auto found = entry.native ? states.find(entry.param.get()) : states.end();
+    if (found == states.end() || !PyDict_Check(found->second)) continue;
+    own.dict = found->second;
     own.version = version_of(own.dict);
     own.first = inner_.size();
     at = 0;
@@ -217,20 +221,37 @@ void Plan::record_state(PyObject* state) {
   }
 }
 
+// Whether the states and counters of an entry are those that were recorded to recognise its state by.
+bool Plan::was_recorded(const Entry& entry, const Wrapped* wrapped, const State& own) const {
+  const auto first = inner_.begin() + static_cast<ptrdiff_t>(own.first),
+             last = first + static_cast<ptrdiff_t>(own.count);
+  for (int k = 1; k < counters_at(entry) + entry.counter_count; ++k) {
+    PyObject* const object = wrapped && k <= entry.slot_count ? wrapped->wrappers[k - 1] : tensors(entry)[k].object;
+    if (std::none_of(first, last, [&](const DictItem& item) { return item.value == object; })) return false;
+  }
+  return true;
+}
+
+// What other threads have changed meanwhile leaves the plan unbuilt.
 void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
-  wait_until_idle();
+  const Turn turn(*this);
   clear();
+  fill(groups, state, native, rows, fresh);
+}
+
+void Plan::fill(PyObject* groups, PyObject* state, PyObject* native, PyObject* rows, PyObject* fresh) {
   trim();
   const std::vector<Ref> dicts = sequence(groups), natives = sequence(native), row_counts = sequence(rows),
                          freshes = sequence(fresh);
-  size_t total = 0;
-  for (const Ref& dict : dicts)
-    total += static_cast<size_t>(PyObject_Length(PyDict_GetItem(dict.get(), names().params)));
-  entries_.reserve(total);
+  if (natives.size() != dicts.size() || row_counts.size() != dicts.size() || freshes.size() != dicts.size()) return;
+  States states;
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) states.emplace(key, Ref(value));
   for (size_t i = 0; i < dicts.size(); ++i) {
     Group group;
     record_group(group, dicts[i].get());
     group.params = Ref(PyDict_GetItem(dicts[i].get(), names().params));
+    if (!group.params) return;
     group.setting = setting_of(dicts[i].get(), &group.immutable);
     read_symbolic(group);
     group.layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
@@ -243,20 +264,25 @@ void Plan::build(PyObject* groups, PyObject* state, PyObject* native, PyObject* 
     const std::vector<Ref> takes = sequence(natives[i].get()), counts = sequence(row_counts[i].get()),
                            news = sequence(freshes[i].get());
     group.count = params.size();
+    if (takes.size() != group.count || counts.size() != group.count || news.size() != group.count) return;
     for (size_t k = 0; k < params.size(); ++k) {
       Entry& entry = entries_.emplace_back();
       entry.param = params[k];
       entry.native = takes[k].get() == Py_True;
       entry.fresh = news[k].get() == Py_True;
       entry.rows = PyLong_AsLongLong(counts[k].get());
-      if (entry.native) build_entry(entry, group, state, slot_keys);
+      if (entry.native) build_entry(entry, group, states, slot_keys);
     }
     groups_.push_back(std::move(group));
   }
 
-  record_state(state);
   place_devices();
-  built_ = true;
+  record_state(state);
+  // From the record on, nothing but this ran.
+  built_ = has_groups(groups) && check_objects(0, entries_.size());
+  auto wrapped = wrapped_.begin();
+  for (size_t k = 0; built_ && k < entries_.size(); ++k)
+    if (entries_[k].native) built_ = was_recorded(entries_[k], entries_[k].wrapped ? &*wrapped++ : nullptr, states_[k]);
 }
 
 }  // namespace fastopt

@@ -1,5 +1,6 @@
 // The plan's walk over what Python holds: param_groups, their hyper-parameters, and optimizer.state.
 #include <algorithm>
+#include <utility>
 
 #include "plan.h"
 #include "plan_names.h"
@@ -37,11 +38,18 @@ Ref Plan::setting_of(PyObject* dict, bool* immutable) {
     Py_INCREF(value);
     PyTuple_SET_ITEM(key.get(), static_cast<Py_ssize_t>(i), value);
   }
-  if (!*immutable) return Ref::steal(PyObject_CallOneArg(intern_.get(), dict));
-  if (PyObject* known = PyDict_GetItemWithError(settings_.get(), key.get())) return Ref(known);
-  if (PyErr_Occurred()) throw PythonError{};
+  if (*immutable) {
+    if (PyObject* known = PyDict_GetItemWithError(settings_.get(), key.get())) return Ref(known);
+    if (PyErr_Occurred()) throw PythonError{};
+  }
+  ++python_ran_;
   Ref setting = Ref::steal(PyObject_CallOneArg(intern_.get(), dict));
-  if (PyDict_SetItem(settings_.get(), key.get(), setting.get()) < 0) throw PythonError{};
+  // Remembered unless another thread has edited the group meanwhile.
+  for (size_t i = 0; *immutable && i < hyper_.size(); ++i) {
+    PyObject* value = PyDict_GetItem(dict, hyper_[i].get());
+    if ((value ? value : Py_None) != PyTuple_GET_ITEM(key.get(), static_cast<Py_ssize_t>(i))) return setting;
+  }
+  if (*immutable && PyDict_SetItem(settings_.get(), key.get(), setting.get()) < 0) throw PythonError{};
   return setting;
 }
 
@@ -107,10 +115,13 @@ bool Plan::check_group(Group& group, PyObject* dict) {
     group.last_row = nullptr;
   }
   if (!same) {
+    // Before Python is asked: what is edited meanwhile, and what Python refuses, is news to the next look too.
+    record_group(group, dict);
+    auto items = std::exchange(group.items, {});
     take_setting(group);
     Ref layout = Ref::steal(PyObject_GetAttr(group.setting.get(), names().layout));
     if (layout.get() != group.layout.get()) return false;
-    record_group(group, dict);
+    group.items = std::move(items);
   }
   group.version = version;
   return true;

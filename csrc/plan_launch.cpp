@@ -1,9 +1,7 @@
-// How the Plan does what a look has found to be done: it starts the devices, advances the counters, runs the host's
-// kernels, and keeps other threads away meanwhile.
+// How the Plan does what a look has found to be done: it starts the devices, advances the counters, and runs the host's
+// kernels.
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
-#include <thread>
 
 #include "plan.h"
 
@@ -14,19 +12,15 @@ namespace {
 constexpr size_t counts_ahead = 8, data_ahead = 2;
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
 
-// Lets other Python threads run, and marks the plan as busy, for a scope.
+// Lets other Python threads run for a scope.
 class Unlocked {
  public:
-  explicit Unlocked(bool& busy) : busy_(busy), thread_((busy = true, PyEval_SaveThread())) {}
-  ~Unlocked() {
-    PyEval_RestoreThread(thread_);
-    busy_ = false;
-  }
+  Unlocked() : thread_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(thread_); }
   Unlocked(const Unlocked&) = delete;
   Unlocked& operator=(const Unlocked&) = delete;
 
  private:
-  bool& busy_;
   PyThreadState* thread_;
 };
 
@@ -150,7 +144,12 @@ void Plan::run(bool counts, bool updates) {
 }
 
 void Plan::launch(const std::vector<DeviceStep>& steps) {
+  const Turn turn(*this);
   if (!gathered_) throw std::runtime_error("fastopt: another thread has changed this optimizer during step()");
+  run_all(steps);
+}
+
+void Plan::run_all(const std::vector<DeviceStep>& steps) {
   gathered_ = false;
   launch_kernels(steps);
   kept_.clear();
@@ -168,15 +167,15 @@ void Plan::launch_kernels(const std::vector<DeviceStep>& steps) {
   if (shares_.elements() < release_above) return run(true, true);
   run(true, false);
   keep();  // another thread may drop gradients and states while the kernels use them
-  const Unlocked unlocked(running_);
+  const Unlocked unlocked;
   run(false, true);
 }
 
 void Plan::keep() {
+  if (!kept_.empty()) return;
   const auto keep_one = [this](const c10::TensorImpl* impl) {
     kept_.push_back(decltype(kept_)::value_type::reclaim_copy(const_cast<c10::TensorImpl*>(impl)));
   };
-  kept_.clear();
   for (size_t k = 0; k < entries_.size(); ++k) {
     if (!found_[k].active) continue;
     if (found_[k].grad) keep_one(found_[k].grad);
@@ -184,21 +183,6 @@ void Plan::keep() {
     const int count = counters_at(entries_[k]) + entries_[k].counter_count;
     for (int i = 0; i < count; ++i) keep_one(tensor[i].impl);
   }
-}
-
-// A step of this optimizer in another thread, which has released the interpreter lock, is let finish. Who waits for
-// that gets the lock while the step runs, and not in the moment between two: so a thread that comes back leaves it a
-// turn.
-void Plan::wait_until_idle() {
-  const auto pause = [] {
-    PyThreadState* const thread = PyEval_SaveThread();
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
-    PyEval_RestoreThread(thread);
-  };
-  for (int turns = 0; waiting_ > 0 && !running_ && turns < 20; ++turns) pause();
-  ++waiting_;
-  while (running_) pause();
-  --waiting_;
 }
 
 }  // namespace fastopt

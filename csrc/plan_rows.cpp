@@ -26,7 +26,8 @@ void Plan::trim() {
 }
 
 // What rows.h needs to know of a group's setting.
-void Plan::read_row_setting(Group& group) {
+void Plan::read_row_setting(Group& group) const {
+  ++python_ran_;
   Ref result = Ref::steal(PyObject_CallMethodNoArgs(group.setting.get(), names().on_device));
   group.quick = false;
   if (result.get() == Py_None) {
@@ -117,6 +118,7 @@ const Row* Plan::row_for(Group& group, RowKey key) {
       if (group.moved) take_setting(group);  // Python knows learning rates by their setting
       key.setting = group.setting.get();
       key.lr = own;
+      ++python_ran_;
       compute_row(key, fresh);  // may raise, and then leaves nothing behind
     }
     Row& kept = memo_.insert(key);

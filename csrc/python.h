@@ -40,6 +40,26 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Puts the exception that is set aside, for code that must not find one.
+class ErrorKept {
+ public:
+#if PY_VERSION_HEX >= 0x030C0000
+  ErrorKept() : error_(PyErr_GetRaisedException()) {}
+  ~ErrorKept() { PyErr_SetRaisedException(error_); }
+#else
+  ErrorKept() { PyErr_Fetch(&type_, &error_, &trace_); }
+  ~ErrorKept() { PyErr_Restore(type_, error_, trace_); }
+#endif
+  ErrorKept(const ErrorKept&) = delete;
+  ErrorKept& operator=(const ErrorKept&) = delete;
+
+ private:
+#if PY_VERSION_HEX < 0x030C0000
+  PyObject *type_, *trace_;
+#endif
+  PyObject* error_;
+};
+
 // An entry of a dict, to be recognised later. Its value is not kept alive, for it may be large: it is compared by
 // address and type, and followed only after the dict was seen to hold such an object there. Whether that leads to the
 // memory it led to is for whoever follows it to see.

@@ -51,6 +51,13 @@ class Route:
     device: bool = False  # kernels of a device, which read a loss scale and an overflow where they lie
 
 
+class Routes(dict[int, Route]):
+    """Who takes each parameter, by its id."""
+
+    def __missing__(self, name: int) -> Route:
+        raise RuntimeError("parameters were added while the step was being prepared; call step() again")
+
+
 class Engine:
     def __init__(
         self,
@@ -68,7 +75,7 @@ class Engine:
         self.settings = Settings(rule, flags={"maximize", "weight_decay"} & set(defaults), checked=True, **index)
         self._made: dict[str, Any] = {}  # for good: captured graphs read tables that their plan keeps
         self._plans: dict[str, Any] = {}  # those of them that take part in steps as the last one
-        self._routes: dict[int, Route] = {}
+        self._routes = Routes()
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
         self._distributed: list[Tensor] = []
@@ -240,14 +247,15 @@ class Engine:
             return triton.make_plan(names, self.settings.of)
         return PythonPlan(self.settings.of)
 
-    def routes(self, optimizer: Optimizer) -> dict[int, Route]:
+    def routes(self, optimizer: Optimizer) -> Routes:
         """Who takes each parameter, by its id, as things stand now."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         unusual = routing.operations_are_watched() or routing.why_not_containers(optimizer)
         if unusual:
-            return {id(p): Route("torch" if self.torch_step else "reference", unusual, passing=True) for p in params}
+            rest = "torch" if self.torch_step else "reference"
+            return Routes((id(p), Route(rest, unusual, passing=True)) for p in params)
         sharing = routing.sharing(params)
-        found: dict[int, Route] = {}
+        found = Routes()
         for group in optimizer.param_groups:
             setting = self.settings.of(group)
             for p in group["params"]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 import weakref
 from collections import UserDict, deque
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, backends, by_id, each_backend, parametrize
-from harness import difference, python
+from harness import difference
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -195,35 +194,6 @@ def test_memory_that_torch_has_blocked(backend: str, which: str) -> None:
         optimizer.step()
     others = [q for q in (p, *optimizer.state[p].values()) if q is not blocked]
     assert sum(any(torch.equal(q, t) for t in kept) for q in others) == len(others)
-
-
-@pytest.mark.parametrize("backend", backends(["native"]))
-def test_states_exchanged_while_another_thread_waits_for_its_step(backend: str) -> None:
-    """One thread steps, another waits for it, a third replaces optimizer.state: the waiting one has to live with it.
-
-    Memory that was freed is overwritten there, so that reading it is a crash."""
-    python(
-        f"""
-        import collections, threading, time, torch, fastopt
-        torch.set_num_threads(1)
-        p = torch.zeros(20_000_000, requires_grad=True)
-        p.grad = torch.ones_like(p)
-        optimizer = fastopt.SGD([p], lr=0.1, backend={backend!r})
-        for _ in range(4):
-            optimizer.state = collections.defaultdict(dict)
-            optimizer.step()
-            optimizer.step()
-            threads = [threading.Thread(target=optimizer.step) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-                time.sleep(0.003)
-            optimizer.state = collections.defaultdict(dict)
-            for thread in threads:
-                thread.join()
-        assert (p < 0).all()
-        """,
-        PYTHONMALLOC="debug",
-    )
 
 
 # Modes that see operators
@@ -465,68 +435,6 @@ def test_more_dimensions_than_the_kernels_walk(case: Case, dtype: torch.dtype, b
         return held(optimizer, ps)
 
     as_torch(case, backend, program)
-
-
-# Threads
-
-
-@pytest.mark.parametrize("n", [100, 2_000_000])
-def test_two_threads_step_one_optimizer(n: int) -> None:
-    """They wait for one another; every step is a whole one."""
-    p = nn.Parameter(torch.zeros(n))
-    p.grad = torch.ones(n)
-    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.0)
-    optimizer.step()
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            for _ in range(20):
-                optimizer.step()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert (p == -41).all()
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("n", [100, 1_500_000])
-def test_a_checkpoint_loaded_while_another_thread_steps(n: int, hooked: bool) -> None:
-    """Whoever does that wants it; nothing is read that was freed, and a step is a whole one or says why it is none."""
-    p = nn.Parameter(torch.zeros(n))
-    p.grad = torch.ones(n)
-    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.5)
-    if hooked:
-        optimizer.register_step_pre_hook(lambda *_: None)
-    optimizer.step()
-    saved, done = copy.deepcopy(optimizer.state_dict()), threading.Event()
-    failed: list[str] = []
-
-    def work() -> None:
-        while not done.is_set():
-            try:
-                optimizer.step()
-            except RuntimeError as error:
-                failed.append(str(error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    for _ in range(30):
-        optimizer.load_state_dict(saved)
-        torch.ones(10_000).sum()
-    done.set()
-    thread.join()
-    assert all("another thread" in text or "call step() again" in text for text in failed)
-    optimizer.load_state_dict(saved)
-    before = p.detach().clone()
-    optimizer.step()
-    assert torch.equal(p, before - 1.5)
 
 
 # Devices without float64

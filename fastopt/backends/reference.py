@@ -80,19 +80,18 @@ def _has_fma(device: str, dtype: torch.dtype) -> bool:
     """Whether torch fuses multiply and add on this device, in vector bodies and tails alike."""
     if device == "meta":
         return True
-    with torch.random.fork_rng(devices=[], enabled=True):
-        torch.manual_seed(0)
-        for n in (1, 7, 33, 1000):
-            a, b = (torch.randn(n, dtype=dtype) for _ in range(2))
-            c = -(a * b)  # the sum is then the rounding error of the product: zero unless fused
-            want = exact_fma(a, b, c)
-            alpha = torch.tensor(1.1, dtype=dtype)
-            c_alpha = -(a * alpha)
-            want_alpha = exact_fma(a, alpha, c_alpha)
-            got = torch.addcmul(c.to(device), a.to(device), b.to(device)).cpu()
-            got_alpha = torch.add(c_alpha.to(device), a.to(device), alpha=alpha.item()).cpu()
-            if not (torch.equal(got, want) and torch.equal(got_alpha, want_alpha)):
-                return False
+    numbers = torch.Generator().manual_seed(0)
+    for n in (1, 7, 33, 1000):
+        a, b = (torch.randn(n, dtype=dtype, generator=numbers, device="cpu") for _ in range(2))
+        c = -(a * b)  # the sum is then the rounding error of the product: zero unless fused
+        want = exact_fma(a, b, c)
+        alpha = torch.tensor(1.1, dtype=dtype, device="cpu")
+        c_alpha = -(a * alpha)
+        want_alpha = exact_fma(a, alpha, c_alpha)
+        got = torch.addcmul(c.to(device), a.to(device), b.to(device)).cpu()
+        got_alpha = torch.add(c_alpha.to(device), a.to(device), alpha=alpha.item()).cpu()
+        if not (torch.equal(got, want) and torch.equal(got_alpha, want_alpha)):
+            return False
     return True
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -132,9 +133,10 @@ def hide() -> None:
     Called when an optimizer is made, because ``torch.compiler.disable`` imports dynamo, which takes a second and which
     torch's own constructor does as well.
     """
-    while _entries:
-        ways = _entries.pop()
+    for ways in _entries[:]:
         ways.hidden = torch.compiler.disable(ways.hooked)  # type: ignore[no-untyped-call]
+        with suppress(ValueError):  # another thread has been here
+            _entries.remove(ways)
 
 
 class Fused(_Base):
