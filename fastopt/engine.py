@@ -188,6 +188,7 @@ class Engine:
             )
         groups: list[dict[str, Any]] = optimizer.param_groups
         self.whole_step = None
+        self.settings.room = max(self.settings.room, 2 * len(groups))
         self._unusual = bool(routing.why_not_containers(optimizer))
         self._routes = self.routes(optimizer)
         params = [p for group in groups for p in group["params"]]

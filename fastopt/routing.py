@@ -56,7 +56,10 @@ def why_not_containers(optimizer: Optimizer) -> str:
     found: list[tuple[str, object, bool]] = [
         ("param_groups", groups, isinstance(groups, list)),
         ("state", state, isinstance(state, dict)),
-        *(("a group", group, isinstance(group, dict)) for group in groups),
+        *(
+            ("a group", group, isinstance(group, dict) and type(group).__getitem__ is dict.__getitem__)
+            for group in groups
+        ),
         *(("params of a group", ps, type(ps) in (list, tuple)) for ps in (group["params"] for group in groups)),
         *(("the state of a parameter", own, isinstance(own, dict)) for own in state.values()),
     ]
@@ -106,6 +109,8 @@ def why_not_tensor(p: Tensor) -> str:
     """Why the kernels do not take a parameter; empty if they do."""
     if is_lazy(p):
         return "a lazy module has not made it yet"
+    if type(p) not in _USUAL and _has_functions(type(p)):
+        return f"tensor subclass {type(p).__name__} with a __torch_function__ of its own"
     p = within(p)
     if p.layout != torch.strided:
         return f"layout {p.layout}"
@@ -152,6 +157,15 @@ _INTERCEPTING = functools.reduce(
         (_KEYS.Python, _KEYS.FuncTorchGradWrapper, _KEYS.FuncTorchBatched, _KEYS.Functionalize),
     ),
 )
+
+
+_USUAL = (torch.nn.Parameter, Tensor)
+
+
+def _has_functions(kind: type[Tensor]) -> bool:
+    """Whether a class wants to be asked about torch's functions, those of an optimizer among them."""
+    own, usual = (getattr(f, "__func__", f) for f in (kind.__torch_function__, Tensor.__torch_function__))
+    return own not in (usual, torch._C._disabled_torch_function_impl)
 
 
 def intercepts(t: Tensor) -> bool:

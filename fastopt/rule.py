@@ -443,13 +443,15 @@ class Settings:
         self._needed = {*rule.hyper, *flags}
         self._known: dict[tuple[Any, ...], Setting] = {}
         self._written: dict[Any, list[Written]] = {}
+        self.room = 1024
+        """How many are remembered; more than there are groups, or each look would make them all anew."""
 
     def of(self, group: Mapping[str, Any]) -> Setting:
         given = {key: group[key] if key in self._needed else group.get(key) for key in self.keys}  # KeyError, as torch
         values = tuple(_value(key, value, group) for key, value in given.items())
         setting = self._known.get(values)
         if setting is None:
-            if len(self._known) > 1024:  # a schedule that never repeats a value must not grow this for ever
+            if len(self._known) > self.room:  # a schedule that never repeats a value must not grow this for ever
                 self._known.clear()
             h = self._hyper(values)
             if self._checked:

@@ -381,6 +381,7 @@ class TestBadInput:
             ({"seeds": [0, 1.5]}, TypeError, r"seeds are whole numbers; got \[0, 1.5\]"),
             ({"confidence": "a"}, ValueError, "confidence is a probability between 0 and 1; got 'a'"),
             ({"optimizers": 3}, TypeError, r"optimizers must be a list or a mapping from names; got 3: write \[3\]"),
+            ({"optimizers": ["Adam(foreach=True, fused=True)"]}, ValueError, "cannot both be|cannot be"),
             ({"optimizers": {1: "SGD"}}, TypeError, "the keys of optimizers are names for the table; got 1"),
             ({"confidence": 95}, ValueError, "between 0 and 1"),
         ],

@@ -193,6 +193,40 @@ def test_subclasses_with_memory_of_their_own(case: Case, dtype: torch.dtype, bac
     assert isinstance(optimizer.param_groups[0]["params"][1], Logged)
 
 
+class NonNegative(torch.Tensor):
+    """A subclass that has a say in what torch's functions do to it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            result = func(*args, **(kwargs or {}))
+            if func.__name__.endswith("_") and not func.__name__.endswith("__") and isinstance(args[0], cls):
+                args[0].clamp_(min=0)
+        return result
+
+
+@parametrize(ONE_OF_EACH, ("fp32",))
+def test_subclasses_with_functions_of_their_own(case: Case, dtype: torch.dtype, backend: str) -> None:
+    if case.lookahead or case.name == "Ranger":
+        pytest.skip("torch has no optimizer that would show the class what it does")
+
+    def make() -> list[Any]:
+        return [parameter(ramp(7)), ramp(9).as_subclass(NonNegative).requires_grad_()]
+
+    def grads(params: list[Any], step: int) -> None:
+        for p in params:
+            p.grad = wave(p.shape, step)
+
+    ours, plain = make(), make()
+    optimizer, theirs = case.make(ours, backend), case.make_torch(plain, foreach=False)
+    for step in range(5):
+        for params, o in ((ours, optimizer), (plain, theirs)):
+            grads(params, step)
+            o.step()
+        assert not difference(ours[1].detach().as_subclass(torch.Tensor), plain[1].detach().as_subclass(torch.Tensor))
+    assert "NonNegative with a __torch_function__" in str(fastopt.explain(optimizer))
+
+
 @parametrize(ONE_OF_EACH, ("fp32",))
 def test_wrapper_subclasses_without_memory(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The wrapper's own data pointer is null: the kernels must never see it. (Quantised tensors, DTensor.)"""

@@ -437,6 +437,35 @@ def test_more_dimensions_than_the_kernels_walk(case: Case, dtype: torch.dtype, b
     as_torch(case, backend, program)
 
 
+# Groups that compute
+
+
+class Halving(dict[str, Any]):
+    """Its learning rate halves with its age."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key != "lr":
+            return super().__getitem__(key)
+        return super().__getitem__(key) * 0.5 ** self.get("age", 0)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_group_whose_class_computes_its_values(backend: str) -> None:
+    def program(make: Any) -> list[torch.Tensor]:
+        p = nn.Parameter(ramp(9))
+        optimizer = make([p])
+        optimizer.param_groups[0] = Halving(optimizer.param_groups[0])
+        for step in range(5):
+            optimizer.param_groups[0]["age"] = step
+            p.grad = ramp(9)
+            optimizer.step()
+        return [p.detach()]
+
+    (ours,) = program(lambda ps: fastopt.SGD(ps, lr=0.5, momentum=0.9, backend=backend))
+    (theirs,) = program(lambda ps: torch.optim.SGD(ps, lr=0.5, momentum=0.9, foreach=False))
+    assert torch.equal(ours, theirs)
+
+
 # Devices without float64
 
 

@@ -312,7 +312,7 @@ def _complete_counters(rule: Rule, state: dict[str, Any]) -> None:
     settings = Settings(rule)
     for group in state.get("param_groups", []):
         for p in group["params"]:
-            own = state["state"].get(p)
+            own = state.get("state", {}).get(p)
             for key in rule.counters if own else ():
                 if not isinstance(own.get(key), Tensor):
                     own[key] = create_counter(settings.of(_completed(rule, group)), p, own.get(key, rule.counters[key]))

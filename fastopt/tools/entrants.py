@@ -68,7 +68,11 @@ def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None
 
 
 def _try(entrant: Entrant) -> None:
-    made: object = entrant.make([torch.zeros(1, requires_grad=True)], entrant.default_lr)
+    p = torch.zeros(1, requires_grad=True)
+    try:
+        made: object = entrant.make([p], entrant.default_lr)
+    except RuntimeError as error:  # of torch's: options that exclude one another
+        raise ValueError(f"{entrant.name}: {error}") from error
     if not isinstance(made, Optimizer):
         raise TypeError(f"{entrant.name} made a {type(made).__name__}: a callable (params, lr) returns an Optimizer")
     closure = inspect.signature(made.step).parameters.get("closure")
