@@ -64,6 +64,21 @@ def test_step_runs_on_the_current_stream(capturable: bool, backend: str) -> None
     assert_equal([result], [q])
 
 
+@needs_cuda
+@each_backend
+def test_a_default_device_moves_no_tables(backend: str) -> None:
+    """What a plan makes on the host is made there: pinned memory cannot be asked of a GPU."""
+    (p, q), (first, second) = ([ramp(33), ramp(5001)] for _ in range(2))
+    ours, plain = (fastopt.RAdam(ps, backend=backend) for ps in ((p, q), (first, second)))
+    for step in range(3):
+        for t in (p, q, first, second):
+            t.grad = wave(t.numel(), step)
+        with torch.device("cuda"):
+            ours.step()
+        plain.step()
+    assert_equal(tensors_of(ours), tensors_of(plain))
+
+
 @each_backend
 def test_cpu_and_cuda_parameters_in_one_optimizer(backend: str) -> None:
     """One launch for each device; `backend` is asked of both, so only a backend that serves both is."""
