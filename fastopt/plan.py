@@ -53,7 +53,9 @@ def mended_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> di
     parameter when its group was told later that the device counts."""
     kept = (torch.float32, torch.float64, torch.int32, torch.int64)
     found = {key: value for key in setting.rule.counters if isinstance(value := state.get(key), Tensor)}
-    home = p.device if setting.counts_on_device else next((value.device for value in found.values()), None)
+    home = next((value.device for value in found.values()), None)
+    if setting.counts_on_device and home is not None and home.type == "cpu":
+        home = p.device
     return {
         key: value.to(home, value.dtype if value.dtype in kept else torch.float32)
         for key, value in found.items()
