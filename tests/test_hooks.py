@@ -11,6 +11,7 @@ import torch
 from cases import TORCH_CASES, Case, both, each_backend, each_name, parametrize
 from harness import param
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 
 import fastopt
 
@@ -153,3 +154,48 @@ def test_backward_through_a_parameter_changed_by_a_step_raises(backend: str) -> 
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class Twice:
+    """Mixed in before an optimizer: a `step` around its parent's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)  # type: ignore[misc]
+
+
+@pytest.mark.contract("hooks", difference="hooks")
+@pytest.mark.parametrize("library", [fastopt, torch.optim])
+def test_hooks_of_a_class_around_ours(library: Any) -> None:
+    cls: Any = type("Around", (Twice, library.SGD), {})
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    library.SGD([p], lr=0.5)  # torch wraps a class's step when one of it is made
+    optimizer, called = cls([p], lr=0.5), []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    optimizer.step()
+    once = ["before", "after"]
+    assert called == (once if library is fastopt else ["before", *once, "after"])
+    assert (p == -0.5).all()
+
+
+class Functions(TorchFunctionMode):
+    seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").endswith("_"):
+            self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.contract("hooks", difference="hooks")
+@each_backend
+def test_a_mode_that_sees_functions_sees_no_step(backend: str) -> None:
+    """torch's for-loop shows it every operation."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    for optimizer, sees in ((fastopt.SGD([p], backend=backend), False), (torch.optim.SGD([p], foreach=False), True)):
+        optimizer.step()
+        with Functions() as mode:
+            optimizer.step()
+        assert bool(mode.seen) == (sees or backend == "reference")

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastopt
 
-pytestmark = pytest.mark.contract("wrappers")
+pytestmark = pytest.mark.contract("wrappers", difference="threads")
 
 NATIVE = pytest.mark.parametrize("backend", backends(["native"]))
 
