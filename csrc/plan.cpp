@@ -70,6 +70,7 @@ void Plan::clear() {
   tracked_.clear();
   devices_.clear();
   const auto blobs = std::exchange(blobs_, {});
+  const auto kept = std::exchange(kept_, {});
   const auto wrapped = std::exchange(wrapped_, {});
   // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
   const auto entries = std::exchange(entries_, {});
@@ -102,6 +103,7 @@ void Plan::activate(Entry& entry, Group& group, Found& found, bool sync) {
     found.data = p->data;
     found.dtype = p->dtype;
   }
+  if (pass_ != python_ran_) return;  // for the row alone: no pointer is followed, and all is looked at again
   if (entry.device >= 0)
     group.device_rows[entry.device] = devices_[entry.device].set(entry.number, found.data, *found.row);
   else if (!found.flat)
@@ -131,6 +133,7 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
   uint64_t ran = python_ran_;
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (i + groups_ahead < groups_.size()) prefetch(groups_[i + groups_ahead]);
+    if (i >= static_cast<size_t>(PyList_GET_SIZE(groups))) return Verdict::rebuild;
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   }
   for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
@@ -157,9 +160,14 @@ bool Plan::has_groups(PyObject* groups) const {
 
 // Looks at all parameters, and decides what becomes of each; false if the plan does not fit.
 bool Plan::find_all(PyObject* state, PyObject* sync) {
+  pass_ = python_ran_;
   found_.resize(entries_.size());
   if (!check_state(state)) return false;
-  if (!wrapped_.empty() && !(check_objects(0, entries_.size()) && check_wrapped() && check_state(state))) return false;
+  if (!wrapped_.empty()) {
+    if (!check_objects(0, entries_.size()) || !check_wrapped() || !check_state(state)) return false;
+    for (const Group& group : groups_)
+      if (!check_params(group)) return false;
+  }
   // This touches no Python object's reference count, so it may run on several threads at once.
   std::atomic<bool> intact = true, settled = shared_;
   const auto count = static_cast<int64_t>(entries_.size());
@@ -178,6 +186,7 @@ bool Plan::find_all(PyObject* state, PyObject* sync) {
   for (DevicePlan& device : devices_) device.begin_step();
   for (size_t i = 0; i < groups_.size(); ++i)
     if (!decide(groups_[i], asked(sync, i))) return false;
+  if (pass_ != python_ran_) return true;  // and comes again
   for (Group& group : groups_) group.taken = group.last_row;
   shared_ = true;
   return true;

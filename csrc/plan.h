@@ -241,6 +241,8 @@ class Plan {
   bool built_ = false;
   bool gathered_ = false;            // and not launched since, nor built again
   mutable uint64_t python_ran_ = 0;  // how often, and so perhaps other threads
+  uint64_t pass_ = 0;                // python_ran_ when this look at all parameters began
+  std::vector<Ref> wrappers_;        // while they are looked into
   unsigned long owner_ = 0;          // the thread whose turn it is
   uint64_t owner_forks_ = 0;         // how often the process had forked when it began
   bool released_ = false;            // during this turn

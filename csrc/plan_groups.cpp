@@ -68,7 +68,9 @@ void Plan::record_group(Group& group, PyObject* dict) {
 
 // The setting of a group as its dict is now; what was derived from an older one goes.
 void Plan::take_setting(Group& group) {
-  group.setting = setting_of(group.dict.get(), &group.immutable);
+  Ref setting = setting_of(group.dict.get(), &group.immutable);
+  if (setting.get() == group.setting.get() && !group.moved) return;
+  group.setting = std::move(setting);
   group.last_row = nullptr;
   group.on_device = {};
   group.quick = group.moved = false;

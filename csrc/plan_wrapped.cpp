@@ -60,6 +60,9 @@ PyObject* Plan::unwrap(Entry& entry) {
 
 // Whether wrapped parameters and states still hold the tensors they held; finds their gradients.
 bool Plan::check_wrapped() {
+  wrappers_.clear();
+  for (const Wrapped& wrapped : wrapped_)
+    for (int k = 0; k < entries_[wrapped.entry].slot_count; ++k) wrappers_.emplace_back(wrapped.wrappers[k]);
   for (Wrapped& wrapped : wrapped_) {
     const Entry& entry = entries_[wrapped.entry];
     if (within(entry.param.get()).get() != wrapped.local) return false;
@@ -68,6 +71,7 @@ bool Plan::check_wrapped() {
     if (!find_gradient(entry.param.get(), wrapped.spec, &wrapped.grad)) return false;  // fastopt/engine.py places it
     found_[wrapped.entry].grad = wrapped.grad ? impl_of(wrapped.grad.get()) : nullptr;
   }
+  wrappers_.clear();
   return true;
 }
 

@@ -226,6 +226,35 @@ assert all(torch.equal(t, e) for t, e in zip(old, ends)), (old, ends)
     )
 
 
+@NATIVE
+@pytest.mark.parametrize("nth", [1, 2])
+def test_groups_that_go_while_a_step_asks_for_hyper_parameters(backend: str, nth: int) -> None:
+    python(
+        WAITING
+        + f"""
+ps = parameters(30)
+optimizer = fastopt.SGD([{{"params": [p]}} for p in ps], lr=0.25, momentum=0.5, backend={backend!r})
+optimizer.step()
+optimizer.param_groups[0]["lr"] = Lr(0.25)
+optimizer.step()
+groups = list(optimizer.param_groups)
+thread = meanwhile({nth}, optimizer.param_groups.clear)
+try:
+    optimizer.step()
+except RuntimeError as error:
+    assert "call step() again" in str(error), error
+done.set()
+inside.set()
+thread.join()
+optimizer.param_groups.extend(groups)
+before = [p.detach().clone() for p in ps]
+optimizer.step()
+assert all((p < b).all() for p, b in zip(ps, before))
+""",
+        PYTHONMALLOC="debug",
+    )
+
+
 EDITS = {
     "states replaced": "own = optimizer.state[p]; key = next(iter(own)); own[key] = own[key].clone()",
     "states taken": "optimizer.state.pop(p, None)",

@@ -198,12 +198,13 @@ class Lookahead(SlowWeights, Optimizer):
 
     def _check_counts(self) -> None:
         """A graph that is captured decides at every replay what it decided now, unless its device counts."""
-        if all(isinstance(group.get(STEP), Tensor) for group in self.param_groups if group["params"]):
+        if all(isinstance(g.get(STEP), Tensor) or g.get(K) == 1 for g in self.param_groups if g["params"]):
             return
         raise RuntimeError(
             "a CUDA graph is being captured, and this Lookahead counts its steps on the host, so replays would all "
-            "synchronise or none would: wrap one of fastopt's optimizers with capturable=True and the parameters of "
-            "each group on one device, and run a step before capturing; or leave the optimizer's step out of the graph"
+            "synchronise or none would: wrap one of fastopt's optimizers that takes capturable=True, with that and the "
+            "parameters of each group on one device, and run a step before capturing; or leave the optimizer's step "
+            "out of the graph"
         )
 
     def _advance(self) -> None:

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -90,7 +90,7 @@ def compare(
     job.check()
     contestants = entrants(optimizers)
     grid = None if lrs is None else _check_lrs(lrs)
-    if not (isinstance(confidence, int | float) and 0 < confidence < 1):
+    if not (isinstance(confidence, Real) and 0 < confidence < 1):
         raise ValueError(f"confidence is a probability between 0 and 1; got {confidence!r}")
     points = START_POINTS if grid is None else len(grid)
     runs: list[Run] = []

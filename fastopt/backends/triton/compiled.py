@@ -77,6 +77,11 @@ class CompiledPlan(TritonPlan):
             waiting = iter(range(len(places), len(own)))  # without state: behind the others
             self._core.arrange(k, [places[id(p)] if id(p) in places else next(waiting) for p in own])
 
+    def release(self) -> None:
+        self._serves, self._parts, self._on = False, {}, {}
+        self._core.release()
+        super().release()
+
     def _of(self, device: torch.device) -> list[tuple[Bucket, int]]:
         buckets = [bucket for bucket in self._buckets if bucket.key.device == device]
         ends = accumulate(len(bucket.entries) for bucket in buckets)

@@ -304,7 +304,7 @@ class TritonPlan(Launcher):
         )
 
     def release(self) -> None:
-        self.build([], {}, [], [], [])
+        TritonPlan.build(self, [], {}, [], [], [])
         self._work, self._updates, self._written, self._grads = [], [], [], []
 
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
