@@ -129,6 +129,15 @@ def meanwhile(nth, change):
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+def finish(thread, optimizer):
+    # The step during which it is to happen; after which, if that asks less often.
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "call step() again" in str(error), error
+    done.set()
+    inside.set()
+    thread.join()
 def parameters(n):
     ps = [torch.nn.Parameter(torch.zeros(4)) for _ in range(n)]
     for p in ps: p.grad = torch.ones(4)
@@ -174,13 +183,7 @@ ps, more = parameters(3), parameters(40)
 optimizer = fastopt.SGD([{{"params": [p]}} for p in ps], lr=0.25, momentum=0.5, backend={backend!r})
 optimizer.param_groups[2]["lr"] = Lr(0.25)
 thread = meanwhile({nth}, lambda: [optimizer.add_param_group({{"params": [p]}}) for p in more])
-try:
-    optimizer.step()
-except RuntimeError as error:
-    assert "call step() again" in str(error), error
-done.set()
-inside.set()
-thread.join()
+finish(thread, optimizer)
 before = [p.detach().clone() for p in (*ps, *more)]
 optimizer.step()
 assert all((p < b).all() for p, b in zip((*ps, *more), before))
@@ -207,13 +210,7 @@ def replace():
 optimizer.param_groups[2]["lr"] = Lr(0.25)
 ps[2].data = torch.zeros(5)[1:]  # makes the tables anew
 thread = meanwhile({nth}, replace)
-try:
-    optimizer.step()
-except RuntimeError as error:
-    assert "call step() again" in str(error), error
-done.set()
-inside.set()
-thread.join()
+finish(thread, optimizer)
 now = [optimizer.state[p]["momentum_buffer"] for p in ps]
 values = [t.clone() for t in now]
 ends = [t.clone() for t in old]
@@ -239,13 +236,7 @@ optimizer.param_groups[0]["lr"] = Lr(0.25)
 optimizer.step()
 groups = list(optimizer.param_groups)
 thread = meanwhile({nth}, optimizer.param_groups.clear)
-try:
-    optimizer.step()
-except RuntimeError as error:
-    assert "call step() again" in str(error), error
-done.set()
-inside.set()
-thread.join()
+finish(thread, optimizer)
 optimizer.param_groups.extend(groups)
 before = [p.detach().clone() for p in ps]
 optimizer.step()
@@ -286,15 +277,18 @@ def work(k):
             taken[k] += 1
         except Exception:  # of Python's: what it walks has changed
             pass
-failed = []
+failed, edited = [], [0]
 def guarded(f, *args):
     try: f(*args)
     except BaseException as error: failed.append(error)
 def edits():
     while time.monotonic() < end:
         p = random.choice(ps)
-        try: exec(edit)
-        except Exception: pass
+        try:
+            exec(edit)
+            edited[0] += 1
+        except Exception:  # what it edits has changed
+            pass
         time.sleep(0.0005)
 edit = {EDITS[edit]!r}
 threads = [threading.Thread(target=guarded, args=(work, k)) for k in range(2)]
@@ -302,7 +296,7 @@ threads.append(threading.Thread(target=guarded, args=(edits,)))
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert not failed, failed
-assert min(taken) > 0
+assert min(taken) > 0 and edited[0] > 0
 before = [p.detach().clone() for p in ps]
 optimizer.step()
 assert all(optimizer.state[p]["exp_avg"].shape == p.shape and (p < b).all() for p, b in zip(ps, before))

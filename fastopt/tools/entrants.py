@@ -68,9 +68,8 @@ def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None
 
 
 def _try(entrant: Entrant) -> None:
-    p = torch.zeros(1, requires_grad=True)
     try:
-        made: object = entrant.make([p], entrant.default_lr)
+        made: object = entrant.make([torch.zeros(1, requires_grad=True)], entrant.default_lr)
     except RuntimeError as error:  # of torch's: options that exclude one another
         raise ValueError(f"{entrant.name}: {error}") from error
     if not isinstance(made, Optimizer):

@@ -181,6 +181,17 @@ def test_a_first_step_inside_a_capture_is_refused(backend: str) -> None:
     _assert_equal(tensors_of(optimizer), tensors_of(fresh))
 
 
+def _assert_not_captured(optimizer: Any, p: Tensor) -> Tensor:
+    """The parameter as it was, and still is after the attempt."""
+    before = p.detach().clone()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.equal(p.detach(), before)
+    return before
+
+
 @each_backend
 def test_capture_without_capturable_is_refused(backend: str) -> None:
     """The learning rate and the step count would be frozen into the graph; torch's own check says so."""
@@ -188,12 +199,7 @@ def test_capture_without_capturable_is_refused(backend: str) -> None:
     optimizer = fastopt.Adam([p], lr=1e-2, backend=backend)
     p.grad = wave(100, 0)
     optimizer.step()
-    before = p.detach().clone()
-    torch.cuda.synchronize()
-    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
-    torch.cuda.synchronize()
-    assert torch.equal(p.detach(), before)
+    before = _assert_not_captured(optimizer, p)
     optimizer.step()
     assert not torch.equal(p.detach(), before)
 
@@ -205,12 +211,7 @@ def test_a_lookahead_that_the_host_counts_for_is_not_captured(inner: Any) -> Non
     optimizer = fastopt.Lookahead(inner([p], lr=1e-2), k=2)
     p.grad = wave(100, 0)
     optimizer.step()
-    before = p.detach().clone()
-    torch.cuda.synchronize()
-    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
-    torch.cuda.synchronize()
-    assert torch.equal(p.detach(), before)
+    _assert_not_captured(optimizer, p)
     optimizer.step()
     assert optimizer.param_groups[0]["lookahead_step"] == 2
 
