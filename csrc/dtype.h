@@ -37,7 +37,7 @@ FASTOPT_HD float narrow(double x) {
   double back = f;
   uint32_t u = bits(f);
   if (back == x || x != x || (u & 1) || (u & 0x7f800000u) == 0x7f800000u) return f;
-  return from_bits((back < x) == (f >= 0) ? u + 1 : u - 1);
+  return from_bits((back < x) == (x > 0) ? u + 1 : u - 1);  // away from zero, or towards it
 }
 
 FASTOPT_HD float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }

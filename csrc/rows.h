@@ -219,7 +219,7 @@ FASTOPT_HD void write(const RowSetting& s, double t, double carry, bool single, 
     if (waits) append(row, Rule::moments(h));
   if (!waits) {
     if (s.decay == Decay::l2) append(row, s.weight_decay);
-    if (s.decay == Decay::shrink) append(row, 1 - h[0] * s.weight_decay);
+    if (s.decay == Decay::shrink) append(row, s.weight_decay == 0 ? 1.0 : 1 - h[0] * s.weight_decay);
     append(row, Rule::coefficients(h, t, row.carry));
   }
   if (synchronised) append(row, s.alpha);

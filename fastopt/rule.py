@@ -395,7 +395,9 @@ class Setting:
 def _decay_row(stage: Stage | None, h: Hyper) -> tuple[Number, ...]:
     if stage is None:
         return ()
-    return (1 - h.lr * h.weight_decay if stage is stages.shrink else h.weight_decay,)
+    if stage is stages.l2:
+        return (h.weight_decay,)
+    return (select(h.weight_decay != 0, lambda: 1 - h.lr * h.weight_decay, 1.0),)  # lr may be infinite
 
 
 def _is(condition: Condition, value: bool) -> Condition:
@@ -486,11 +488,18 @@ def stays(tensor: Tensor, group: Mapping[str, Any]) -> bool:
     return on_device and tensor.device.type != "cpu" and tensor.dtype in (torch.float32, torch.float64)
 
 
+_PLAIN = frozenset((float, int, bool, type(None)))
+
+
 def _value(key: str, value: Any, group: Mapping[str, Any]) -> Any:
     """What can be compared by value: tensors as Python numbers unless they stay on a device, and lists as tuples."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Tensor) and value.numel() == 1:
         return _Held(value) if key in SYMBOLIC and stays(value, group) else value.item()
-    if hasattr(value, "tolist"):  # betas as one tensor, numpy's arrays and numbers
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # numpy's, an array of one number too
+        return value.item()
+    if hasattr(value, "tolist"):  # betas as one tensor or array
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return tuple(_value(key, item, group) for item in value)

@@ -14,10 +14,11 @@ from typing import Any
 import triton_interpreter  # before anything imports Triton
 
 # isort: split
+import oracles
 import pytest
 import torch
 from cases import DTYPES, Case, by_id, one_for_each_kernel
-from harness import Built, Scenario, Snapshot, Spec, assert_same, place, signature_has, snapshot, trace
+from harness import Built, Scenario, Snapshot, Spec, assert_same, difference, place, signature_has, snapshot, trace
 
 import fastopt
 from fastopt import rule
@@ -188,6 +189,19 @@ def test_states_of_another_dtype_of_kernels(case: Case, mix: tuple[torch.dtype, 
             snapshots.append(snapshot(built.order, states))
         traces.append(snapshots)
     assert_same(*traces)
+
+
+@pytest.mark.contract("low precision", optimizers="SGD", backend="triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float64_is_rounded_to_16_bits_once_of_kernels(dtype: torch.dtype) -> None:
+    """As in test_numbers.py, of some of the numbers."""
+    g = oracles.hard_to_round(dtype)[::37]
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.5, backend="triton")
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(g.shape, dtype=dtype)
+    p.grad = g
+    optimizer.step()
+    assert not difference(optimizer.state[p]["momentum_buffer"], oracles.rounded(g, dtype))
 
 
 FUSED = [

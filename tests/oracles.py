@@ -30,6 +30,32 @@ def rounded_sqrt(x: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 numbers as a dtype of 16 bits, to nearest and once, by a look at all that there are."""
+    there = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    finite = there[there.isfinite()].unique()
+    edges = (finite[1:] + finite[:-1]) / 2  # exact; a tie goes to the even one, whose last bit is 0
+    above = torch.searchsorted(edges, x.contiguous(), right=True)
+    odd = finite.to(dtype).view(torch.int16) & 1 == 1
+    tie = (above > 0) & (edges[(above - 1).clamp(min=0)] == x) & odd[above]
+    nearest = finite[above - tie.long()]
+    end = torch.finfo(dtype).max
+    beyond = end + (end - finite[-2]) / 2
+    nearest = torch.where(x.abs() >= beyond, torch.inf * x.sign(), nearest)
+    return torch.where(x.isnan(), x, torch.where(nearest == 0, nearest.copysign(x), nearest)).to(dtype)
+
+
+def hard_to_round(dtype: torch.dtype) -> Tensor:
+    """float64 numbers on, just above and just below each half way between two of a dtype of 16 bits, and the ends."""
+    there = torch.arange(0, 2**15, 7, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    finite = there[there.isfinite()]
+    half = (finite[1:] + finite[:-1]) / 2
+    near = torch.cat([half, half * (1 + 2.0**-40), half * (1 - 2.0**-40), finite])
+    ends = torch.tensor([1e-50, 1e-310, 5e-324, 1e39, 1e300, torch.inf, torch.nan], dtype=torch.float64)
+    positive = torch.cat([near, ends])
+    return torch.cat([positive, -positive]).add(0.0)
+
+
 _torch_sqrt = torch.Tensor.sqrt
 
 

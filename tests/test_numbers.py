@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import pathlib
 import subprocess
@@ -130,6 +131,13 @@ def test_special_values(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, SPECIAL, dtype, backend)
 
 
+@parametrize(PLAIN, ("fp32",))
+def test_an_infinite_learning_rate(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """What decays by nothing does not become infinity times zero."""
+    infinite = Scenario("infinite", (S((9,)), S((17,), group=1)), steps=4, overrides=lambda _: [{"lr": math.inf}] * 2)
+    check(case, infinite, dtype, backend)
+
+
 @pytest.mark.contract("numbers")
 @parametrize([c for c in CASES if c.interpolates_fully], names=["native"])
 def test_backends_agree_on_the_signs_of_zeros(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -232,6 +240,21 @@ def test_every_product_is_rounded_as_torch_does(dtype: torch.dtype, backend: str
         assert not difference(p.detach(), product.add(0.0).float().to(dtype)), lr
 
 
+@pytest.mark.contract("low precision", optimizers="SGD")
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float64_is_rounded_to_16_bits_once(dtype: torch.dtype, backend: str) -> None:
+    """A momentum of 16 bits beside a float64 parameter, from nothing: what torch makes of it is rounded twice."""
+    g = oracles.hard_to_round(dtype)
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.5, backend=backend)
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(g.shape, dtype=dtype)
+    p.grad = g
+    optimizer.step()
+    assert not difference(optimizer.state[p]["momentum_buffer"], oracles.rounded(g, dtype))
+    assert not difference(p.detach(), 0.0 - g)
+
+
 @pytest.mark.contract("layouts")
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize(
@@ -299,20 +322,24 @@ def test_large_step_counts(case: Case, dtype: torch.dtype, backend: str, start: 
     assert optimizer.state[built.params[0]]["step"] == oracle.state[reference.params[0]]["step"]
 
 
+@pytest.mark.parametrize("exponent", [0, -1], ids=["ordinary", "tiny"])
 @parametrize(by_id("adagrad"))
-def test_square_roots_are_rounded_to_nearest(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """eps = 0 and a gradient too small for the sum: p = -g / sqrt(sum), with sums chosen to be hard."""
+def test_square_roots_are_rounded_to_nearest(case: Case, dtype: torch.dtype, backend: str, exponent: int) -> None:
+    """eps = 0 and a gradient too small for the sum: p = -g / sqrt(sum), with sums chosen to be hard, subnormals too."""
     eps = torch.finfo(dtype).eps
+    root_of_scale = 2.0 ** (exponent * (60 if dtype == torch.float32 else 510))
     powers = torch.exp2(2.0 * torch.arange(-8, 9, dtype=torch.float64)).to(dtype)
     ones = torch.cat([powers * (1 - eps / 2), powers * (1 + eps), powers * 4 * (1 - eps), powers * 2])
     total = torch.cat([ones, torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=dtype) + 1e-3])
+    total *= root_of_scale**2
+    g = torch.full_like(total, 1e-20 * root_of_scale)
     p = torch.nn.Parameter(torch.zeros_like(total))
     optimizer = case.make([p], backend, lr=1.0, eps=0.0)
     optimizer.state[p]["sum"].copy_(total)
-    p.grad = torch.full_like(p, 1e-20)
+    p.grad = g
     optimizer.step()
     assert torch.equal(optimizer.state[p]["sum"], total)
-    assert torch.equal(p.detach(), -(torch.full_like(p, 1e-20) / oracles.rounded_sqrt(total)))
+    assert torch.equal(p.detach(), -(g / oracles.rounded_sqrt(total)))
 
 
 @pytest.mark.contract("numbers")

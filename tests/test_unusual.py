@@ -324,16 +324,24 @@ def test_what_torch_takes_is_taken(container: str, case: Case, dtype: torch.dtyp
     as_torch(case, backend, program)
 
 
-@pytest.mark.parametrize("betas", [np.array([0.75, 0.5]), torch.tensor([0.75, 0.5])], ids=["numpy", "tensor"])
+ARRAYS: dict[str, tuple[str, Any, Any]] = {
+    "betas numpy": ("betas", np.array([0.75, 0.5]), (0.75, 0.5)),
+    "betas tensor": ("betas", torch.tensor([0.75, 0.5]), (0.75, 0.5)),
+    "lr numpy": ("lr", np.array([0.125]), 0.125),  # of torch's classes RAdam takes it
+}
+
+
+@pytest.mark.parametrize("array", ARRAYS)
 @parametrize(by_id("adamw", "nadam", "radam", "adamax"), ("fp32",))
-def test_betas_in_an_array(betas: Any, case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_hyper_parameters_in_an_array(array: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     """Of numbers that float32 holds, for torch computes in a tensor's dtype."""
+    key, *values = ARRAYS[array]
     results = []
-    for given in (betas, (0.75, 0.5)):
+    for given in values:
         ps = [nn.Parameter(ramp(9))]
         optimizer = case.make(ps, backend)
         for of_steps in (range(2), range(2, 4)):
-            optimizer.param_groups[0]["betas"] = given
+            optimizer.param_groups[0][key] = given
             train(optimizer, ps, of_steps)
         results.append(held(optimizer, ps))
     for got, want in zip(*results, strict=True):

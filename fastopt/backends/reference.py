@@ -49,11 +49,16 @@ class _Language:
         if x.dtype == torch.float32:  # torch's vectorised sqrt is 1 ulp off for some values
             return x.double().sqrt().float()
         # Tuckerman's test: s is the nearest root exactly if s * (s - ulp) < x <= s * (s + ulp). (One Newton correction
-        # instead would round twice, and be wrong just below powers of four.)
-        s = x.sqrt()
+        # instead would round twice, and be wrong just below powers of four.) What those products round away must be
+        # representable: of small numbers the root is half the exponents up, which is exact.
+        small = x < 2.0**-900
+        scaled = torch.where(small, x * 2.0**200, x)
+        s = scaled.sqrt()
         below, above = (torch.nextafter(s, s.new_full((), end)) for end in (0.0, torch.inf))
-        s = torch.where(exact_fma(s, below, -x) >= 0, below, torch.where(exact_fma(s, above, -x) < 0, above, s))
-        return torch.where(x > 0, s, x.sqrt())
+        s = torch.where(
+            exact_fma(s, below, -scaled) >= 0, below, torch.where(exact_fma(s, above, -scaled) < 0, above, s)
+        )
+        return torch.where(x > 0, torch.where(small, s * 2.0**-100, s), x.sqrt())
 
     @staticmethod
     def maximum(a: Tensor, b: Tensor, propagate_nan: bool) -> Tensor:
@@ -113,10 +118,19 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _to_odd(s: Tensor, error: Tensor) -> Tensor:
     """s rounded to odd, given its rounding error: a later rounding to fewer bits is then the only one."""
-    bits = s.view(torch.int64)
+    bits = s.view(torch.int64 if s.dtype == torch.float64 else torch.int32)
     inexact = (error != 0) & (bits & 1 == 0) & s.isfinite()
     # One ulp towards the error: away from zero if the error has the sign of s.
-    return torch.where(inexact, torch.where((error > 0) == (s > 0), bits + 1, bits - 1), bits).view(torch.float64)
+    away = ((error > 0) == (s > 0)) | (s == 0)
+    return torch.where(inexact, torch.where(away, bits + 1, bits - 1), bits).view(s.dtype)
+
+
+def _store(tensor: Tensor, value: Tensor) -> None:
+    """With one rounding; torch goes from float64 to 16 bits by way of float32, and rounds there too."""
+    if value.dtype == torch.float64 and tensor.dtype.itemsize == 2:
+        single = value.float()
+        value = _to_odd(single, value - single.double())
+    tensor.copy_(value)
 
 
 def exact_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -198,9 +212,9 @@ def launch(chain: Chain, p: Tensor, g: Tensor, state: Sequence[Tensor], values: 
     if rows:
         grad = grad - row_mean(grad, rows)
     new_p, _, new_state = _program(chain)(p.to(compute), grad, [s.to(compute) for s in state], rounded)
-    p.copy_(new_p)
+    _store(p, new_p)
     for tensor, value in zip(state, new_state, strict=True):
-        tensor.copy_(value)
+        _store(tensor, value)
 
 
 def fma_is_fused(device: str = "cpu") -> dict[str, bool]:

@@ -107,6 +107,18 @@ def gradient(at, mask, scale, T):
     return g
 
 
+def narrow(x, dtype):
+    """x in another dtype, rounded once. From float64 to 16 bits Triton rounds to float32 first: do that to odd."""
+    if (x.dtype == tl.float64) and ((dtype == tl.bfloat16) or (dtype == tl.float16)):
+        single = x.to(tl.float32)
+        bits, back = single.to(tl.int32, bitcast=True), single.to(tl.float64)
+        kept = (back == x) | (x != x) | (bits & 1 != 0) | (bits & 0x7F800000 == 0x7F800000)
+        odd = tl.where((back < x) == (x > 0), bits + 1, bits - 1)
+        return tl.where(kept, bits, odd).to(tl.float32, bitcast=True).to(dtype)
+    else:  # noqa: RET505
+        return x.to(dtype)
+
+
 def tile(at, entry, start, offsets, n, scale, T, RANK):
     """The gradients of a tile as float64, zero from n on."""
     mask = offsets < n
@@ -194,7 +206,7 @@ def update({pointers}, mask, shift, divisor, {values}, T, {types}):
     if G is not None:
         g = gradient(g_at, mask, divisor, T)
         if divisor is not None:
-            tl.store(g_at, g.to(G), mask)
+            tl.store(g_at, narrow(g, G), mask)
         if shift is not None:
             g = g - shift
     {stages}
@@ -271,7 +283,7 @@ def source(chain: Chain) -> str:
         "loads": [f"{s} = tl.load({s}_at, mask).to(T)" for s in streams if s != "g"],
         "stages": calls,
         # Without cache hints: an H200 is slower with them (docs/performance.md).
-        "stores": [f"tl.store({s}_at, {s}.to({s.upper()}), mask)" for s in ("p", *(s for _, s in states))],
+        "stores": [f"tl.store({s}_at, narrow({s}, {s.upper()}), mask)" for s in ("p", *(s for _, s in states))],
         "bases": ["p_base = pointer(entry, P, start, ALIGNED, RANK)"]
         + [f"{s}_base = pointer(entry + {k + 1} + FIRST, {s.upper()}, start, ALIGNED, RANK)" for k, s in states],
         "coefficients": [f"{c} = tl.load(coefficients + coefficients_at + row * {len(values)} + {k})"
@@ -323,7 +335,7 @@ def _jit(function: FunctionType, **options: Any) -> Any:
     return triton.jit(function, **options)
 
 
-_DEVICE = (span, pointer, elements, gradient, slice_sum, partial_sum, mean)
+_DEVICE = (span, pointer, elements, gradient, narrow, slice_sum, partial_sum, mean)
 _UNSPECIALISED = {
     "do_not_specialize": ["grads_at", "rows_at", "coefficients_at"],
     "do_not_specialize_on_alignment": ["grad_scale", "found_inf"],
