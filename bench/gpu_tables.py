@@ -49,6 +49,11 @@ class Line:
         assert found, f"{self.case.name} has no rival"
         return found
 
+    @property
+    def size(self) -> str:
+        """For a table that has aligned and misaligned tensors."""
+        return f"{self.case.size}, misaligned" if self.case.workload.misaligned else self.case.size
+
     def time(self, contender: str) -> str:
         return time_of(self.get(contender, "us_per_step"))
 
@@ -194,7 +199,7 @@ def _roof(results: Results) -> str:
             {
                 "rule": line.case.kind.label,
                 "stored as": line.case.mix,
-                "tensors": line.case.size,
+                "tensors": line.size,
                 "GB/s": rate_of(line.get(OURS, "gb_per_s")),
                 f"of the {STRIPPED}": line.ratio("rate", OURS),
                 f"of {COPY}": line.ratio("share", OURS),

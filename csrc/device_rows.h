@@ -58,13 +58,13 @@ FASTOPT_HD void make_row(const RowsHeader& header, const unsigned char* payload,
     row.chain = pull.chain;
     return;
   }
-  const double before = read_counter(counters.step, counters.step_kind);
+  const double t = next_count(counters.step, counters.step_kind);
   const double carry = counters.carry ? read_counter(counters.carry, counters.carry_kind) : 0;
   const RowResult result =
-      row_of(own.setting, before + 1, carry, !counters.carry || counters.carry_kind == CounterKind::f32, asked);
+      row_of(own.setting, t, carry, !counters.carry || counters.carry_kind == CounterKind::f32, asked);
   for (int k = 0; k < result.count; ++k) row.c[k] = result.c[k];
   row.chain = result.chain;
-  write_counter(counters.step, counters.step_kind, before + 1);
+  write_counter(counters.step, counters.step_kind, t);
   if (counters.carry) write_counter(counters.carry, counters.carry_kind, result.carry);
 }
 

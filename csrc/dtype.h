@@ -57,11 +57,13 @@ FASTOPT_HD float from_f16(uint16_t h) {
 #elif defined(__F16C__)
   return _cvtsh_ss(h);
 #else
-  // Shift exponent and mantissa into place; the multiplication by 2^112 rebiases normals and normalises subnormals.
+  // Shift exponent and mantissa into place and rebias. A subnormal is its mantissa times 2^-24, without a float32 that
+  // is one on the way: a processor may have been told to take those for zero.
   uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
-  float scaled = from_bits(magnitude) * 0x1p112f;
-  if ((h & 0x7c00u) == 0x7c00u) scaled = from_bits(magnitude | 0x7f800000u);
-  return from_bits(bits(scaled) | sign);
+  float value = from_bits(magnitude + (112u << 23));
+  if ((h & 0x7c00u) == 0) value = static_cast<float>(static_cast<int32_t>(h & 0x3ffu)) * 0x1p-24f;
+  if ((h & 0x7c00u) == 0x7c00u) value = from_bits(magnitude | 0x7f800000u);
+  return from_bits(bits(value) | sign);
 #endif
 }
 FASTOPT_HD uint16_t to_f16(float x) {
@@ -146,6 +148,11 @@ FASTOPT_HD double read_counter(const void* counter, CounterKind kind) {
     default:
       return static_cast<double>(*static_cast<const int64_t*>(counter));
   }
+}
+// What it will hold after one more step: a float32 stops counting at 2^24, as torch's `step += 1` does.
+FASTOPT_HD double next_count(const void* counter, CounterKind kind) {
+  const double next = read_counter(counter, kind) + 1;
+  return kind == CounterKind::f32 ? static_cast<double>(static_cast<float>(next)) : next;
 }
 FASTOPT_HD void write_counter(void* counter, CounterKind kind, double value) {
   switch (kind) {

@@ -1,5 +1,6 @@
 // The plan's walk over what Python holds: param_groups, their hyper-parameters, and optimizer.state.
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "plan.h"
@@ -20,7 +21,11 @@ bool is_immutable_number(PyObject* value) {
       if (!is_immutable_number(PyTuple_GET_ITEM(value, i))) return false;
     return true;
   }
-  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
+  if (PyFloat_CheckExact(value)) {  // -0.0 is another number than the 0.0 it equals
+    const double x = PyFloat_AS_DOUBLE(value);
+    return x != 0 || !std::signbit(x);
+  }
+  return PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
 }
 
 }  // namespace

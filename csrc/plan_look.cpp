@@ -91,7 +91,7 @@ void Plan::look(const Entry& entry, Found& found) const {
   if (!found.fits || !found.grad || entry.counted) return;
   // A rule without a counter knows its first step by the state that was just created for it.
   const Tracked* const counter = tensors(entry) + counters_at(entry);
-  found.t = entry.counter_count > 0 ? read_counter(counter[0].data, counter[0].kind) + 1 : entry.fresh ? 1 : 2;
+  found.t = entry.counter_count > 0 ? next_count(counter[0].data, counter[0].kind) : entry.fresh ? 1 : 2;
   found.carry = entry.counter_count > 1 ? read_counter(counter[1].data, counter[1].kind) : 0;
 }
 

@@ -78,6 +78,7 @@ class Engine:
         self._routes = Routes()
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
+        self._created: list[tuple[Tensor, dict[str, Tensor]]] = []  # for this step, until the kernels begin
         self._distributed: list[Tensor] = []
         self._misplaced: dict[Tensor, Tensor] = {}  # gradients as they were before this step redistributed them
         self._redistributes = False
@@ -117,9 +118,31 @@ class Engine:
             self._misplaced.clear()
 
     def _step(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> bool:
+        self._created = []
+        try:
+            scaled = self._until_launch(optimizer, given, sync)
+        except BaseException:
+            self._forget(optimizer)
+            raise
+        if scaled is None:
+            self._forget(optimizer)
+            return False
+        self._created = []
+        for plan in self._plans.values():
+            plan.launch(scaled)
+        if self._fresh:
+            self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
+        alone = len(self._plans) == 1 and not (self._torch or self._fresh or self._redistributes)
+        if self.whole_step is None and alone:
+            (plan,) = self._plans.values()
+            self.whole_step = getattr(plan, "whole_step", None)
+        return True
+
+    def _until_launch(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> Amp | None:
+        """All of a step but the kernels'; None if an overflow was found."""
         scaled = self._settled(given)
         if scaled is None:
-            return False
+            return None
         if self._torch and self._outdated(optimizer):
             self.prepare(optimizer)
         for attempt in range(3):
@@ -133,20 +156,25 @@ class Engine:
             sync = self._decided(sync)
         scaled = self._settled(scaled)  # again: what was prepared meanwhile may not be the kernels' alone
         if scaled is None:
-            return False
-        if scaled.scale is not None:
-            self._unscale(optimizer, scaled.scale)
+            return None
+        ours, theirs = self._to_unscale(optimizer) if scaled.scale is not None else ([], [])
         if self._torch:
-            self._step_torch(optimizer, sync)
-        for plan in self._plans.values():
-            plan.launch(scaled)
-        if self._fresh:
-            self._fresh = {p: tensor for p, tensor in self._fresh.items() if p.grad is None}
-        alone = len(self._plans) == 1 and not (self._torch or self._fresh or self._redistributes)
-        if self.whole_step is None and alone:
-            (plan,) = self._plans.values()
-            self.whole_step = getattr(plan, "whole_step", None)
-        return True
+            with _unscaled(theirs, scaled.scale):
+                self._step_torch(optimizer, sync)
+        _unscale(ours, scaled.scale)
+        return scaled
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        """Takes away the state that was made for a step which then did nothing."""
+        for p, new in self._created:
+            own = optimizer.state.get(p, {})
+            for key, tensor in new.items():
+                if own.get(key) is tensor:
+                    del own[key]
+            if not own:
+                optimizer.state.pop(p, None)
+            self._fresh.pop(p, None)
+        self._created = []
 
     def _place_gradients(self) -> None:
         """For this step, place gradients as their parameters are: replicated parameters of sequence parallelism have
@@ -278,6 +306,8 @@ class Engine:
         routing.check_grad_kind(p)
         if p.grad is not None and (reason := routing.why_not_grad(p.grad, p.device)):
             return Route(rest, reason, passing=True)
+        if p.grad is not None and p.grad.shape != p.shape:  # torch's code broadcasts it, or says why not
+            return Route(rest, "its gradient has another shape", passing=True)
         chosen = backends.choose(where := str(p.device), self.asked)
         if chosen is None:
             return Route(rest, backends.why_not("native", where))
@@ -326,23 +356,26 @@ class Engine:
                 if new := needs(setting, p, own):
                     pending.append((p, new))
         for p, new in pending:
-            optimizer.state[p].update(new)
             own = [tensor for key, tensor in new.items() if self.rule.slow is None or key != self.rule.slow.key]
             if own and not self.rule.counters:
                 self._fresh[p] = own[0]
+            there = optimizer.state[p]
+            self._created.append((p, {key: tensor for key, tensor in new.items() if there.get(key) is None}))
+            there.update(new)
 
     def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
         tensor = self._fresh.get(p)
         return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
 
-    def _unscale(self, optimizer: Optimizer, scale: Tensor) -> None:
-        """Divide gradients by the loss scale and write them back, as torch's fused kernels and those of devices do."""
-        params = [p for group in optimizer.param_groups for p in group["params"] if not self._routes[id(p)].device]
-        grads = [p.grad for p in params if p.grad is not None]
-        routing.refuse_shared_memory(grads)
-        with torch.no_grad():
-            for grad in grads:
-                grad.div_(scale.to(grad.device))
+    def _to_unscale(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients that no device's kernels unscale: those of our kernels' parameters, and of torch's."""
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None and not self._routes[id(p)].device:
+                (theirs if id(p) in self._torch else ours).append(p.grad)
+        routing.refuse_shared_memory([*ours, *theirs])
+        return ours, theirs
 
     def _step_torch(self, optimizer: Optimizer, sync: Sequence[Due] | None) -> None:
         """torch's own code for the parameters the kernels do not take, then their slow weights."""
@@ -364,6 +397,29 @@ class Engine:
                 alpha = float(self.rule.alpha(self.settings.of(group).h))
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
+
+
+def _unscale(grads: list[Tensor], scale: Tensor | None) -> None:
+    """Divide gradients by the loss scale and write them back, as torch's fused kernels and those of devices do."""
+    if scale is None:
+        return
+    with torch.no_grad():
+        for grad in grads:
+            grad.div_(scale.to(grad.device))
+
+
+@contextmanager
+def _unscaled(grads: list[Tensor], scale: Tensor | None) -> Iterator[None]:
+    """Unscale gradients for a block; if it fails they are what they were, and the step can be repeated."""
+    before = [grad.clone() for grad in grads]
+    _unscale(grads, scale)
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for grad, value in zip(grads, before, strict=True):
+                grad.copy_(value)
+        raise
 
 
 def pull_back(p: Tensor, slow: Tensor | None, alpha: float) -> None:

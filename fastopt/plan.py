@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fastopt import routing
 from fastopt.backends import reference
 from fastopt.backends.amp import NONE, Amp
-from fastopt.rule import Counts, Flags, Groups, Row, Setting, State
+from fastopt.rule import Counts, Flags, Groups, Row, Setting, State, to_single
 
 SettingOf = Callable[[Mapping[str, Any]], Setting]
 
@@ -51,15 +51,16 @@ def mended_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> di
     """Counters that go on in float32, and where ``step`` is: torch's loading casts NAdam's ``mu_product`` to the
     dtype of a 16-bit parameter, and takes it to the parameter's device while ``step`` stays behind. They all follow the
     parameter when its group was told later that the device counts."""
-    kept = (torch.float32, torch.float64, torch.int32, torch.int64)
+    floats, whole = (torch.float32, torch.float64), (torch.int32, torch.int64)
+    kept = {key: floats + (whole if key == "step" else ()) for key in setting.rule.counters}  # no product is whole
     found = {key: value for key in setting.rule.counters if isinstance(value := state.get(key), Tensor)}
     home = next((value.device for value in found.values()), None)
     if setting.counts_on_device and home is not None and home.type == "cpu":
         home = p.device
     return {
-        key: value.to(home, value.dtype if value.dtype in kept else torch.float32)
+        key: value.to(home, value.dtype if value.dtype in kept[key] else torch.float32)
         for key, value in found.items()
-        if value.dtype not in kept or value.device != home
+        if value.dtype not in kept[key] or value.device != home
     }
 
 
@@ -177,12 +178,12 @@ class PythonPlan:
         t: float | None = None
         carry, single = 0.0, True
         if p.grad is not None:
-            t = counters[0].item() + 1 if counters else 1.0 if id(p) in self._fresh else 2.0
+            t = _next(counters[0], counters[0].item()) if counters else 1.0 if id(p) in self._fresh else 2.0
             if len(counters) > 1:
                 carry, single = counters[1].item(), counters[1].dtype == torch.float32
             # A parameter given twice takes its steps in turn; the counters advance only in launch.
             for earlier in (work for work in self._work if work.p is p) if id(p) in self._repeated else ():
-                t, carry = t + 1, earlier.row.carry
+                t, carry = _next(counters[0], t) if counters else t + 1, earlier.row.carry
         row = setting.at(t, carry, single, asked)
         used = ("slow",) if t is None else row.chain.state
         tensors = [state[setting.named_slots[name].key] for name in used]
@@ -197,7 +198,8 @@ class PythonPlan:
                 work.counters[0].add_(1)
             if len(work.counters) > 1:
                 work.counters[1].fill_(work.row.carry)
-            self._fresh.discard(id(work.p))
+            if work.grad is not None:
+                self._fresh.discard(id(work.p))
             p = routing.within(work.p)
             grad = p if work.grad is None else routing.within(work.grad)
             tensors = [routing.within(tensor) for tensor in work.tensors]
@@ -205,6 +207,11 @@ class PythonPlan:
             if p is not work.p:
                 torch.autograd.graph.increment_version(work.p)
         self._work = []
+
+
+def _next(counter: Tensor, t: float) -> float:
+    """What a counter holds after t and one more step: a float32 stops at 2^24, as torch's ``step += 1`` does."""
+    return float(to_single(t + 1)) if counter.dtype == torch.float32 else t + 1
 
 
 def _reasons(p: Tensor) -> Reasons:

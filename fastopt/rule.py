@@ -11,6 +11,7 @@ Compiled code does both from `Setting.on_device` (csrc/rows.h), on the host to t
 
 from __future__ import annotations
 
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -379,17 +380,28 @@ class Setting:
         if twin is None:
             return None
         name, hyper = twin
+        if name not in ROW_RULES:
+            raise ValueError(
+                f"{type(rule).__name__}.twin() says {name!r}, and ROW_RULES in fastopt/rule.py lists "
+                f"{', '.join(ROW_RULES)}: add it there, in the place that RowRules in csrc/rows.h gives it"
+            )
         return OnDevice(
             rule=ROW_RULES.index(name),
             decay=DECAYS.index(rule.decay(h)),
             maximize=bool(h.maximize),
             slow=rule.slow is not None,
-            weight_decay=float(h.weight_decay),
-            alpha=float(rule.alpha(h)),
-            period=float(rule.period(h)),
-            hyper=tuple(value if isinstance(value, Tensor) else float(value) for value in hyper.values()),
+            weight_decay=_number(h.weight_decay),
+            alpha=_number(rule.alpha(h)),
+            period=_number(rule.period(h)),
+            hyper=tuple(value if isinstance(value, Tensor) else _number(value) for value in hyper.values()),
             chains=tuple(-1 if chain is None else self._index(chain) for chain in self.chains),
         )
+
+
+def _number(x: Any) -> float:
+    """A float. What is no number, such as a string of one, is a TypeError, as in torch."""
+    number: float = 1.0 * x
+    return number
 
 
 def _decay_row(stage: Stage | None, h: Hyper) -> tuple[Number, ...]:
@@ -489,12 +501,14 @@ def stays(tensor: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 _PLAIN = frozenset((float, int, bool, type(None)))
+_MINUS_ZERO = object()
+"""Stands for -0.0, which equals 0.0 and is another number."""
 
 
 def _value(key: str, value: Any, group: Mapping[str, Any]) -> Any:
     """What can be compared by value: tensors as Python numbers unless they stay on a device, and lists as tuples."""
     if type(value) in _PLAIN:
-        return value
+        return _MINUS_ZERO if value == 0 and math.copysign(1, value) < 0 else value
     if isinstance(value, Tensor) and value.numel() == 1:
         return _Held(value) if key in SYMBOLIC and stays(value, group) else value.item()
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # numpy's, an array of one number too
@@ -509,6 +523,8 @@ def _value(key: str, value: Any, group: Mapping[str, Any]) -> Any:
 def _released(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_released, value))
+    if value is _MINUS_ZERO:
+        return -0.0
     return value.tensor if isinstance(value, _Held) else value
 
 

@@ -15,7 +15,7 @@ from fastopt.chain import stage, tl
 
 def lerp2(a, b, w):
     """``a + w * (b - a)`` as torch.lerp computes it, signs of zeros included: from the nearer end, so w = 1 gives b."""
-    return tl.where(w < 0.5, tl.fma(w, b - a, a), tl.fma(b - a, w - 1, b))
+    return tl.where((w > -0.5) & (w < 0.5), tl.fma(w, b - a, a), tl.fma(b - a, w - 1, b))
 
 
 @stage()

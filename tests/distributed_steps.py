@@ -278,6 +278,33 @@ def ddp(folder: Path) -> None:
                 assert torch.equal(p.detach(), w), (name, backend)
 
 
+def slow(folder: Path) -> None:
+    """Slow weights of a model whose root keeps, after an evaluation, the whole parameters that it gathered for it; and
+    back from them to the fast ones, to train on."""
+
+    def evaluated(net: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = net(batch(99)[0])
+        return result
+
+    from torch.distributed.fsdp import fully_shard
+
+    for name in ("ranger", "lookahead"):
+        nets = [model(), fully_shard(model())]
+        optimizers = [RULES[name](net.parameters(), None) for net in nets]
+        for steps in (range(4), range(4, 5)):
+            results = []
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                train(net, optimizer, steps)
+                fast = evaluated(net)
+                with optimizer.slow_weights(net):
+                    results.append((fast, evaluated(net)))
+            (fast, slow), others = results
+            for result, other in zip(results[0], others, strict=True):
+                assert torch.allclose(result, other, rtol=1e-5, atol=1e-6), name
+            assert not torch.allclose(fast, slow, rtol=1e-3), name
+
+
 def zero(folder: Path) -> None:
     """Each rank steps its share of the parameters and broadcasts it."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -288,6 +315,8 @@ def zero(folder: Path) -> None:
         train(net, ZeroRedundancyOptimizer(net.parameters(), optimizer_class=cls, lr=0.01), range(STEPS))
         for p, w in zip(net.parameters(), plain(lambda ps, b, cls=cls: cls(ps, lr=0.01)), strict=True):
             assert torch.equal(p.detach(), w), name
+    with pytest.raises(TypeError, match="make Lookahead inside"):
+        fastopt.Lookahead(ZeroRedundancyOptimizer(model().parameters(), optimizer_class=fastopt.Adam, lr=0.01))
 
 
 if __name__ == "__main__":

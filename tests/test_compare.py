@@ -1,7 +1,9 @@
 """`fastopt.compare`: finds what is there to find, says when it is chance, and survives what users bring."""
 
+import copy
 import csv
 import doctest
+import itertools
 import math
 import sys
 from array import array
@@ -190,6 +192,106 @@ class TestDivergence:
         assert result.verdict(result.standings[1]) == "diverged: 1 of 3"
 
 
+class TestFailure:
+    @pytest.mark.parametrize(
+        ("fails", "reason"),
+        [
+            ("torch.SparseAdam", "RuntimeError: SparseAdam does not support dense gradients"),
+            ("Adam(differentiable=True)", "RuntimeError: a leaf Variable"),
+            ("Adam(capturable=True)", "AssertionError: If capturable=True"),
+        ],
+    )
+    def test_of_one_optimizer_is_a_line_in_the_table_and_the_others_are_kept(self, fails, reason, tmp_path):
+        result = quick(optimizers=[fails, "SGD", "Adam"], lrs=[0.01, 0.1])
+        assert result.best.optimizer in ("SGD", "Adam")
+        assert len(result.runs) == 1 + 2 * 2 * 2, "the first error ends that one"
+        failed = result.standings[-1]
+        assert (failed.optimizer, failed.scores, failed.edge) == (fails, (), "")
+        assert result.verdict(failed).startswith(f"failed: {reason}")
+        assert max(map(len, result.table().splitlines())) < 200
+        assert f"{fails} failed at lr 0.01: {reason}" in str(result)
+        result.to_csv(tmp_path / "runs.csv")
+        with (tmp_path / "runs.csv").open(newline="") as file:
+            assert [row["failed"].startswith(reason) for row in csv.DictReader(file)] == [True] + 8 * [False]
+        result.plot(tmp_path / "plot.png")
+
+    def test_of_one_is_no_rival_in_the_correction_for_several(self):
+        alone = quick(optimizers=["SGD", "Adam"])
+        beside = quick(optimizers=["SGD", "Adam", "torch.SparseAdam"])
+        assert beside.standings[1].noise == alone.standings[1].noise
+
+    def test_after_successes_still_counts(self):
+        def fragile(params, lr):
+            if lr == 0.2:
+                raise KeyError("no such\nrate")
+            return torch.optim.SGD(params, lr=lr)
+
+        result = quick(optimizers=[fragile, "Adam"], lrs=[0.1, 0.2, 0.3])
+        assert result.verdict(result.standings[-1]) == r"failed: KeyError: 'no such\nrate'"
+        assert result.standings[-1].lrs == (0.1, 0.2)
+
+    def test_of_a_step_after_the_weights_have_grown_beyond_measure_is_divergence(self):
+        def late(params, lr):
+            def fail(*_):
+                if not all(parameter.isfinite().all() for parameter in params):
+                    raise RuntimeError("not finite")
+
+            optimizer = torch.optim.SGD(params, lr=lr)
+            optimizer.register_step_pre_hook(lambda *_: [p.data.fill_(math.nan) for p in params] and None)
+            optimizer.register_step_pre_hook(fail)
+            return optimizer
+
+        assert quick(optimizers=[late], seeds=1).best.diverged == 1
+
+    def test_of_all_is_an_error_with_the_reasons(self):
+        with pytest.raises(RuntimeError, match=r"every optimizer failed:\n  torch.SparseAdam(.|\n)*Adam\(capturable"):
+            quick(optimizers=["torch.SparseAdam", "Adam(capturable=True)"])
+
+    def test_of_a_function_of_the_user_names_the_run_and_keeps_its_type(self):
+        class OddError(Exception):
+            def __init__(self, code, detail):
+                super().__init__(code, detail)
+
+        def raised(error, kind):
+            def broken(model, batch):
+                if next(calls) == 3:
+                    raise error
+                return loss(model, batch)
+
+            calls = itertools.count(1)
+            with pytest.raises(kind) as info:
+                compare(make_model, broken, shuffled, optimizers=["SGD"], lrs=[0.1], progress=False)
+            assert info.value.__cause__ is error
+            return info.value.args
+
+        assert raised(ZeroDivisionError("oh"), ZeroDivisionError) == ("SGD at lr 0.1, seed 0, step 3: oh",)
+        assert raised(KeyError("oh"), KeyError) == ("SGD at lr 0.1, seed 0, step 3: 'oh'",)
+        assert raised(OddError(1, 2), RuntimeError) == ("SGD at lr 0.1, seed 0, step 3: OddError: (1, 2)",)
+
+    def test_of_the_evaluation_names_the_run(self):
+        def broken(model):
+            raise IndexError("far")
+
+        with pytest.raises(IndexError, match=r"SGD at lr 0.1, seed 0, evaluation after step 5: far"):
+            compare(make_model, loss, shuffled, broken, optimizers=["SGD"], lrs=[0.1], steps=5, progress=False)
+
+    def test_an_interrupt_leaves_what_was_finished(self):
+        def stop(params, lr):
+            optimizer = torch.optim.SGD(params, lr=lr)
+            optimizer.register_step_pre_hook(interrupt)
+            return optimizer
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as info:
+            quick(optimizers=["SGD", stop])
+        assert info.value.result.best.optimizer == "SGD"
+        with pytest.raises(KeyboardInterrupt) as info:
+            quick(optimizers=[stop, "SGD"])
+        assert "nothing to compare" in str(info.value.result)
+
+
 class TestNoise:
     # Student's t at two-sided 95 %, from any printed table.
     @pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (58, 2.002)])
@@ -240,6 +342,22 @@ class TestNoise:
         result = synthetic({"A": {0.1: [1.0]}, "B": {0.1: [2.0]}})
         assert result.verdict(result.standings[1]) == "noise unknown"
         assert "One seed cannot tell" in str(result)
+
+    def test_the_winner_has_none_as_the_table_says(self):
+        result = synthetic({"A": {0.1: [1.0, 2.0]}, "B": {0.1: [2.0, 4.0]}})
+        assert math.isnan(result.best.noise)
+        assert result.standings[1].noise > 0
+
+    def test_nothing_is_behind_by_minus_zero(self):
+        result = synthetic({"A": {0.1: [1.0, 2.0]}, "B": {0.1: [1.0, 2.0]}}, higher_is_better=True)
+        assert "-0" not in result.table().splitlines()[-1].split()
+        assert math.copysign(1, result.standings[1].behind) == 1
+
+    def test_of_no_runs_nothing_is_said(self):
+        nothing = Comparison((), 1)
+        assert "nothing to compare" in str(nothing)
+        with pytest.raises(ValueError, match="no runs"):
+            _ = nothing.best
 
     @pytest.mark.parametrize(("best", "edge"), [(0.01, "lowest"), (0.1, ""), (1.0, "highest")])
     def test_the_end_of_the_grid_is_flagged(self, best, edge):
@@ -340,6 +458,19 @@ class TestOptimizers:
 
         assert [entrant.name for entrant in entrants([torch.optim.Adadelta, mine])] == ["Adadelta", "mine"]
 
+    @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+    def test_one_that_takes_only_some_shapes_is_tried_on_the_model(self):
+        options = {"optimizers": ["torch.Muon"], "lrs": [0.01], "seeds": 1, "steps": 3, "progress": False}
+        assert compare(lambda: nn.Linear(5, 1, bias=False), loss, shuffled, **options).best.scores
+        with pytest.raises(ValueError, match=r"torch.Muon cannot be made for this model: ValueError: Muon only"):
+            compare(make_model, loss, shuffled, **options)
+
+    def test_one_that_chooses_among_the_parameters_is_tried_on_the_model(self):
+        def matrices(params, lr):
+            return torch.optim.SGD([param for param in params if param.ndim == 2], lr=lr)
+
+        assert quick(optimizers=[matrices], steps=3).best.scores
+
     def test_commas_in_parentheses_do_not_split(self):
         assert split_names("adam, lookahead(sgd(momentum=0.9), k=5),sgd,") == [
             "adam", "lookahead(sgd(momentum=0.9), k=5)", "sgd",
@@ -384,6 +515,11 @@ class TestBadInput:
             ({"optimizers": ["Adam(foreach=True, fused=True)"]}, ValueError, "cannot both be|cannot be"),
             ({"optimizers": {1: "SGD"}}, TypeError, "the keys of optimizers are names for the table; got 1"),
             ({"confidence": 95}, ValueError, "between 0 and 1"),
+            ({"higher_is_better": True}, ValueError, "higher_is_better=True needs evaluate="),
+            ({"optimizers": ["adam(betas=0.9)"]}, TypeError, r"Adam\(betas=0.9\) cannot be made.*not subscriptable"),
+            ({"lrs": {"Adam": [0.1]}}, TypeError, "lrs is one list of learning rates for all optimizers"),
+            ({"lrs": ["fast"]}, TypeError, r"lrs is a list of numbers; got \['fast'\]"),
+            ({"optimizers": ["adam", "adam"]}, ValueError, "share the name 'Adam': leave one out"),
         ],
         ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
     )
@@ -404,6 +540,62 @@ class TestBadInput:
     def test_a_model_instead_of_a_function(self):
         with pytest.raises(TypeError, match="lambda: Net"):
             compare(make_model(), loss, shuffled, progress=False)
+
+    @pytest.mark.parametrize("copied", [lambda it: it, copy.copy, nn.Sequential])
+    def test_the_same_model_again_and_again(self, copied):
+        model = make_model()
+        with pytest.raises(ValueError, match=r"make_model\(\), called twice, returned.*copy.deepcopy\(model\)"):
+            compare(lambda: copied(model), loss, shuffled, progress=False)
+
+    def test_memory_shared_by_other_parameters(self):
+        weight = torch.zeros(1, 5)
+
+        def make():
+            model = make_model()
+            model.weight = nn.Parameter(weight)
+            return model
+
+        with pytest.raises(ValueError, match="returned models that share parameters"):
+            compare(make, loss, shuffled, progress=False)
+
+    def test_a_frozen_part_may_be_shared(self):
+        backbone = nn.Linear(5, 5).requires_grad_(False)
+        options = {"optimizers": ["SGD"], "lrs": [0.1], "steps": 2, "progress": False}
+        assert compare(lambda: nn.Sequential(backbone, make_model()), loss, shuffled, **options).best.scores
+
+    def test_nothing_to_train(self):
+        with pytest.raises(ValueError, match="without a parameter that requires a gradient"):
+            compare(lambda: make_model().requires_grad_(False), loss, shuffled, progress=False)
+        with pytest.raises(TypeError, match=r"returned a str: it must return a torch.nn.Module"):
+            compare(lambda: "model", loss, shuffled, progress=False)
+
+    @pytest.mark.parametrize(
+        ("returned", "what"),
+        [
+            (None, "NoneType"),
+            ((1.0, 2.0), "tuple"),
+            ("0.5", "str"),
+            ({"acc": "high"}, "str for 'acc'"),
+            (torch.zeros(2), r"Tensor of shape \(2,\)"),
+        ],
+    )
+    def test_an_evaluation_that_is_no_number(self, returned, what):
+        with pytest.raises(TypeError, match=rf"evaluate\(model\) returned a {what}: it must return a number"):
+            compare(
+                make_model, loss, shuffled, lambda model: returned, optimizers=["SGD"], lrs=[0.1], steps=1,
+                progress=False,
+            )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("wrong", "error", "message"),
+        [
+            (lambda model, x: loss(model, x).detach(), ValueError, "a tensor without a gradient: compute it from"),
+            (lambda model, x: loss(model, x) * 1j, TypeError, "a complex number: it must be real"),
+        ],
+    )
+    def test_a_loss_that_cannot_be_minimised(self, wrong, error, message):
+        with pytest.raises(error, match=message):
+            compare(make_model, wrong, shuffled, optimizers=["SGD"], lrs=[0.1], progress=False)
 
     @pytest.mark.parametrize("wrong", [lambda model, x: 1.0, lambda model, x: model(x)])
     def test_a_loss_that_is_none(self, wrong):
@@ -470,12 +662,38 @@ class TestCommand:
             (["compare", "--task", "mnist"], "unknown task 'mnist'"),
             (["compare", "--lrs", "fast"], "--lrs=fast: accepted are numbers separated by commas"),
             (["compare", "--threads", "0"], "threads must be at least 1"),
+            (["compare", "--threads", "100000"], "threads must be at most"),
+            (["compare", "--optimizers", "adam,adam"], "share the name 'Adam': leave one out"),
+            (["compare", "--optimizers", "torch.sparseadam", "--steps", "1"], "every optimizer failed"),
             (["compare", "--out", "/proc/no/such"], "/proc/no"),
         ],
     )
     def test_a_mistake_is_a_sentence_not_a_traceback(self, arguments, message, capsys):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+    def test_help_names_the_optimizers(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["compare", "-h"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ", ".join(default_names()) in printed
+
+    def test_a_file_in_the_way_is_known_before_the_training(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "compare.csv").mkdir()
+        monkeypatch.setattr("fastopt.tools.compare.compare", lambda *args, **kwargs: pytest.fail("trained"))
+        assert main(["compare", "--out", str(tmp_path)]) == 2
+        assert "compare.csv cannot be written" in capsys.readouterr().err
+
+    def test_an_interrupt_shows_what_was_finished(self, capsys, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch.optim.Adam, "step", interrupt)
+        arguments = ["--optimizers", "sgd, torch.adam", "--lrs", "0.1", "--seeds", "1", "--steps", "2"]
+        assert main(["compare", *arguments]) == 130
+        printed = capsys.readouterr()
+        assert "SGD at lr 0.1 did best" in printed.out
+        assert "interrupted" in printed.err
 
     def test_info_prints(self, capsys):
         assert main(["info"]) == 0

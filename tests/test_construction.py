@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
+import pathlib
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import TORCH_NAMES, accepts, both, each_name
-from harness import outcome, param
+from harness import ROOT, outcome, param
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import fastopt
@@ -23,6 +29,40 @@ def test_signature_is_torchs_plus_backend(name: str) -> None:
     *shared, backend = ours.values()
     assert [(p.name, p.kind, p.default) for p in shared] == [(p.name, p.kind, p.default) for p in theirs.values()]
     assert (backend.name, backend.kind, backend.default) == ("backend", inspect.Parameter.KEYWORD_ONLY, None)
+
+
+@each_name
+def test_type_checkers_see_the_same_signature(name: str) -> None:
+    """It stands in the class for them alone; torch's constructor is the one that runs."""
+    cls = getattr(fastopt, name)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    (written,) = [
+        f for node in definition.body if isinstance(node, ast.If) for f in node.body if isinstance(f, ast.FunctionDef)
+    ]
+    arguments = written.args
+    found = [a.arg for a in arguments.args[1:]] + [a.arg for a in arguments.kwonlyargs]
+    defaults = [ast.literal_eval(d) for d in (*arguments.defaults, *arguments.kw_defaults) if d]
+    real = list(inspect.signature(cls).parameters.values())
+    assert (written.name, found) == ("__init__", [p.name for p in real])
+    assert [a.arg for a in arguments.kwonlyargs] == [p.name for p in real if p.kind is p.KEYWORD_ONLY]
+    assert defaults == [p.default for p in real if p.default is not p.empty]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mypy"), reason="mypy is not installed")
+def test_a_type_checker_finds_the_usual_mistakes(tmp_path: pathlib.Path) -> None:
+    mistakes = (
+        "fastopt.SGD([p], lr='0.1')",
+        "fastopt.AdamW([p], lrr=0.1)",
+        "fastopt.RAdam(3)",
+        "fastopt.Adam([p], k=5)",
+    )
+    right = "fastopt.Adam([p], 1e-3, (0.9, 0.99), amsgrad=True, backend='native')"
+    lines = ["import torch, fastopt", "p = torch.nn.Parameter(torch.ones(1))", right, *mistakes]
+    (file := tmp_path / "use.py").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(file)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert sorted({int(line.split(":")[1]) for line in said.splitlines() if "error" in line}) == [4, 5, 6, 7], said
 
 
 @each_name

@@ -1,6 +1,7 @@
 """The demo: fair twins, a row for each race, and files that hold what the table says."""
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_it_says_when_the_kernels_are_missing(small, monkeypatch):
 
 
 def test_files(small, tmp_path):
-    printed = demo.show(small, tmp_path / "new" / "picture.png")
+    printed = demo.save(small, tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "new" / "picture.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -89,13 +90,12 @@ def test_files(small, tmp_path):
     assert "picture.png" in printed
 
 
-def test_without_matplotlib_the_table_still_comes(small, tmp_path, monkeypatch):
+def test_without_matplotlib_the_numbers_still_come(small, tmp_path, monkeypatch):
     def missing(module: str, purpose: str) -> None:
         raise ModuleNotFoundError(f"{purpose} needs {module}")
 
     monkeypatch.setattr("fastopt.tools.plots.need", missing)
-    printed = demo.show(small, tmp_path / "demo.png")
-    assert small.table() in printed
+    printed = demo.save(small, tmp_path / "demo.png")
     assert "No picture: drawing the picture needs matplotlib" in printed
     assert (tmp_path / "demo.csv").exists()
 
@@ -127,7 +127,50 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "demo.png").exists()
 
 
+def test_the_table_is_printed_before_files_are_written(small, tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(demo, "run", lambda *_, **__: small)
+    monkeypatch.setattr(demo.Demo, "to_csv", full)
+    assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 2
+    printed = capsys.readouterr()
+    assert small.table() in printed.out
+    assert "No space left" in printed.err
+
+
+def without(monkeypatch, *modules: str) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_without_its_data_digits_is_left_out_and_everything_missing_is_named(tmp_path, capsys, monkeypatch):
+    without(monkeypatch, "sklearn", "sklearn.datasets", "matplotlib")
+    assert main(["demo", "--steps", "1", "--out", str(tmp_path / "demo.png")]) == 0
+    printed = capsys.readouterr()
+    assert "chars  Adam" in printed.out
+    assert "going on without digits, picture: digits needs scikit-learn, picture needs matplotlib; pip install" in (
+        printed.err
+    )
+
+
+def test_without_its_data_digits_alone_says_what_can_be_done(tmp_path, capsys, monkeypatch):
+    without(monkeypatch, "sklearn", "sklearn.datasets")
+    assert main(["demo", "--task", "digits", "--out", str(tmp_path / "demo.png")]) == 2
+    assert "digits needs scikit-learn; pip install scikit-learn" in (said := capsys.readouterr().err)
+    assert "--task chars" in said
+
+
 @pytest.mark.parametrize("name", ["demo.foo", "demo", "."])
 def test_where_no_picture_can_be_written_is_said_before_the_training(name, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / name)]) == 2
     assert "accepted are files whose names end in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["taken.png", "/proc/x.png"])
+def test_files_that_cannot_be_written_are_known_before_the_training(target, tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken.csv").mkdir()
+    monkeypatch.setattr(demo, "run", lambda *_, **__: pytest.fail("trained"))
+    assert main(["demo", "--out", str(tmp_path / target)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.csv"], "looking left nothing behind"

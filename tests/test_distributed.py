@@ -49,6 +49,7 @@ def run(task: str, folder: Path) -> None:
         pytest.param("large", marks=distributed(optimizers=("SGD", "AdamW"), backend="native")),
         pytest.param("sequence", marks=distributed(optimizers=("SGD", "RMSprop", "AdamW"))),
         pytest.param("freed", marks=distributed(optimizers=("SGD", "AdamW", "Ranger"), backend="all")),
+        pytest.param("slow", marks=distributed(optimizers=("Ranger", "Lookahead"))),
         "ddp",
         pytest.param("zero", marks=distributed(optimizers=("SGD", "Adam", "AdamW", "RAdam", "Ranger"))),
     ],

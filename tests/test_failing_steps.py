@@ -213,3 +213,79 @@ def test_unknown_instruction_set_is_refused_and_nothing_is_counted(size: int, ba
         assert p not in optimizer.state or optimizer.state[p]["step"] == 0
     """
     python(script, FASTOPT_ISA="nonsense")
+
+
+def _sparse(value: float) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([value]), (2,))
+
+
+def _refused(make: Callable[[Any], Any]) -> tuple[torch.nn.Parameter, Any]:
+    """After a first step that torch's code refused, for the gradient of another parameter, which is gone now."""
+    p, other = (torch.nn.Parameter(torch.tensor([0.0, 0.0])) for _ in range(2))
+    optimizer = make([{"params": [p]}, {"params": [other], "weight_decay": 0.1}])
+    p.grad, other.grad = torch.ones(2), _sparse(1.0)
+    with pytest.raises(RuntimeError, match=r"[Ss]parse|sparse"):
+        optimizer.step()
+    other.grad = None
+    return p, optimizer
+
+
+@pytest.mark.contract("memory", difference="failing steps", optimizers="SGD")
+@each_backend
+def test_a_refused_step_leaves_no_state(backend: str) -> None:
+    """Else a checkpoint would have a momentum of zero, which damps what is the first gradient."""
+    p, optimizer = _refused(lambda groups: fastopt.SGD(groups, lr=1.0, momentum=0.5, dampening=0.5, backend=backend))
+    assert not optimizer.state.get(p)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2,), -1.0))
+
+
+@pytest.mark.contract("memory", difference="failing steps", optimizers="Lookahead")
+@each_backend
+def test_a_refused_step_leaves_no_slow_weights(backend: str) -> None:
+    """They are the parameters before the first step that was taken, which may have been loaded since."""
+    p, optimizer = _refused(
+        lambda groups: fastopt.Lookahead(fastopt.SGD(groups, lr=0.0, backend=backend), k=1, alpha=0.0)
+    )
+    with torch.no_grad():
+        p.fill_(5.0)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2,), 5.0))
+
+
+@pytest.mark.contract("memory", "amp", difference="failing steps", optimizers="SGD")
+@each_backend
+def test_a_refused_step_leaves_gradients_scaled(backend: str) -> None:
+    p, other = (torch.nn.Parameter(torch.tensor([0.0, 0.0])) for _ in range(2))
+    groups: list[Any] = [{"params": [p]}, {"params": [other], "weight_decay": 0.1}]
+    optimizer = fastopt.SGD(groups, lr=1.0, fused=True, backend=backend)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)  # type: ignore[attr-defined]
+    p.grad, other.grad = torch.full((2,), 8.0), _sparse(8.0)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert p.grad[0] == 8
+    assert other.grad.to_dense()[0] == 8
+    other.grad = None
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2,), -1.0))
+
+
+@pytest.mark.contract("memory", optimizers="Adam")
+@each_backend
+def test_a_gradient_of_another_shape_is_torchs_to_judge(backend: str) -> None:
+    """What can be broadcast it takes, and of the rest it says which sizes do not match."""
+    results = []
+    for make in (oracles.TorchLoop, lambda name, ps, **kw: fastopt.Adam(ps, backend=backend, **kw)):
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        p.grad = torch.ones(3)
+        p.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        with pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match the size of tensor b \(3\)"):
+            make("Adam", [p], lr=0.1).step()
+        q = torch.nn.Parameter(torch.tensor([1.0]))
+        q.grad = torch.ones(1)
+        q.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        optimizer = make("Adam", [q], lr=0.1)
+        optimizer.step()
+        results.append(q.detach())
+    assert torch.equal(*results)

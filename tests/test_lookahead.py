@@ -411,6 +411,49 @@ def test_a_hook_that_raises_after_the_step_does_not_undo_its_count() -> None:
     assert optimizer.param_groups[0]["lookahead_step"] == 7
 
 
+class Counting(torch.optim.Adam):
+    """Keeps more in its checkpoint than states and groups."""
+
+    def __init__(self, ps: Any) -> None:
+        super().__init__(ps, lr=0.1)
+        self.calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"calls": self.calls}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rest = dict(state_dict)
+        self.calls = rest.pop("calls")
+        super().load_state_dict(rest)
+
+
+@pytest.mark.contract("lookahead", "state", optimizers="Lookahead")
+def test_a_checkpoint_has_what_the_inner_optimizer_adds_to_it() -> None:
+    optimizer, resumed = fastopt.Lookahead(Counting(params())), fastopt.Lookahead(Counting(params()))
+    train(optimizer, optimizer.param_groups[0]["params"], 0, 3)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.optimizer.calls == 3
+    assert resumed.param_groups[0]["lookahead_step"] == 3
+
+
+@pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
+@each_inner
+def test_hooks_of_the_inner_optimizer_see_its_checkpoints(inner: str) -> None:
+    calls: list[str] = []
+    optimizer = fastopt.Lookahead(INNER[inner](params()))
+    within = optimizer.optimizer
+    within.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
+    within.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
+    within.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
+    within.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save pre", "save post", "load pre", "load post"]
+
+
 @pytest.mark.contract("lookahead", optimizers="Lookahead")
 @each_inner
 def test_k_of_numpy(inner: str) -> None:

@@ -15,7 +15,7 @@ import oracles
 import pytest
 import torch
 from cases import CASES, DTYPES, PLAIN, Case, backends, by_id, parametrize
-from harness import Built, Scenario, Spec, assert_same, check, difference, signature_has, trace
+from harness import Built, Scenario, Spec, assert_same, check, difference, python, signature_has, trace
 
 import fastopt
 
@@ -129,6 +129,23 @@ def test_intermittent_gradients(case: Case, dtype: torch.dtype, backend: str) ->
 @parametrize()
 def test_special_values(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, SPECIAL, dtype, backend)
+
+
+@parametrize([Case("rmsprop-extrapolating", "RMSprop", {"alpha": 1.75, "centered": True})])
+def test_an_average_beyond_its_ends(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A weight of -0.75, as torch's constructor lets pass: from the farther end, as torch.lerp does it."""
+    check(case, Scenario("beyond", (S((33,)),), steps=5), dtype, backend)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_the_sign_of_a_learning_rate_of_zero(backend: str) -> None:
+    """0.0 equals -0.0, and -0.0 - 0.0 * 1 does not equal -0.0 - -0.0 * 1 in its sign."""
+    ps = [torch.nn.Parameter(torch.tensor([-0.0])) for _ in range(2)]
+    optimizer = fastopt.SGD([{"params": [p], "lr": lr} for p, lr in zip(ps, (0.0, -0.0), strict=True)], backend=backend)
+    for p in ps:
+        p.grad = torch.ones(1)
+    optimizer.step()
+    assert [math.copysign(1, p.item()) for p in ps] == [-1, 1]
 
 
 @parametrize(PLAIN, ("fp32",))
@@ -304,7 +321,7 @@ def test_many_steps(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, scenario, dtype, backend)
 
 
-@parametrize(by_id("adam", "nadam", "radam", "ranger", "adagrad-lr-decay"), ("fp32",))
+@parametrize(by_id("adam", "nadam", "radam", "ranger", "adagrad-lr-decay"))
 @pytest.mark.parametrize("start", [1000, 250_000, 16_777_215, 16_777_216])
 def test_large_step_counts(case: Case, dtype: torch.dtype, backend: str, start: int) -> None:
     """`step` is a float32: it stops counting at 2^24, as in torch."""
@@ -386,6 +403,22 @@ def test_instruction_sets_agree(isa: str, backend: str) -> None:
     want = _digests_in_this_process()
     assert got.keys() == want.keys()
     assert not [key for key in want if got[key] != want[key]]
+
+
+@pytest.mark.contract("low precision", optimizers="SGD")
+@pytest.mark.parametrize("backend", backends(["native", "emulated"]))
+def test_float16_does_not_become_a_subnormal_float32_on_the_way(backend: str) -> None:
+    """So a processor that takes those for zero takes no float16 for it, also where it has no conversion of its own."""
+    script = f"""
+        import torch, fastopt
+        if torch.set_flush_denormal(True):
+            p = torch.nn.Parameter(torch.zeros(1024, dtype=torch.float16))
+            p.grad = torch.arange(1024, dtype=torch.int16).view(torch.float16)
+            fastopt.SGD([p], lr=1024.0, maximize=True, backend={backend!r}).step()
+            torch.set_flush_denormal(False)
+            assert torch.equal(p.detach(), p.grad * 1024), p
+        """
+    python(script, FASTOPT_ISA="baseline")
 
 
 @pytest.mark.contract("numbers")

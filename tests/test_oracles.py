@@ -13,6 +13,8 @@ import torch
 from cases import CASES, PLAIN, TORCH_CASES, Case, by_id, parametrize_cases
 from harness import Built, Scenario, Snapshot, Spec, assert_same, difference, oracle_trace, snapshot
 
+from fastopt.backends import reference
+
 SCENARIO = Scenario("oracle", (Spec((40,)), Spec((3, 4, 5))), steps=9)
 
 
@@ -32,6 +34,37 @@ def test_exact_sqrt_is_the_nearest_number(dtype: torch.dtype) -> None:
     for value, root, above in zip(x.tolist(), roots.tolist(), up.tolist(), strict=True):
         half = (Fraction(above) - Fraction(root)) / 2
         assert (Fraction(root) - half) ** 2 < Fraction(value) < (Fraction(root) + half) ** 2
+
+
+def test_exact_fma_is_rounded_once() -> None:
+    """In exact rational arithmetic, which becomes a float to nearest."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> torch.Tensor:
+        exponents = torch.randint(low, high, (3000,), generator=generator).double()
+        return torch.randn(3000, generator=generator, dtype=torch.float64) * torch.exp2(exponents)
+
+    a, b, c = draw(-200, 200), draw(-200, 200), draw(-200, 200)
+    c = torch.where(torch.arange(3000) % 3 == 0, -a * b * (1 + 2.0**-40), c)
+    huge, tiny = torch.finfo(torch.float64).max, 1.22e-161
+    a, b, c = (torch.cat([x, torch.tensor(y, dtype=torch.float64)]) for x, y in (
+        (a, [-tiny, huge, 2.0, huge]), (b, [-huge, tiny, huge / 4, 2.0**-52]), (c, [-2.2e147, 1.0, -huge / 3, 0.0])
+    ))  # fmt: skip
+    want = [
+        float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(*(t.tolist() for t in (a, b, c)), strict=True)
+    ]
+    assert reference.exact_fma(a, b, c).tolist() == want
+
+
+@pytest.mark.parametrize(("a", "b", "c", "want"), [
+    (-0.0, 0.0, -0.0, -0.0), (0.0, 0.0, -0.0, 0.0), (1.0, 1.0, -1.0, 0.0), (1e-200, -1e-200, 0.0, -0.0),
+    (1e300, -1e300, math.inf, math.inf), (1e300, 1e300, -math.inf, -math.inf), (1e300, 1e300, 0.0, math.inf),
+    (math.inf, 1.0, -math.inf, math.nan), (math.nan, 1.0, math.inf, math.nan),
+])  # fmt: skip
+def test_exact_fma_of_zeros_and_infinities(a: float, b: float, c: float, want: float) -> None:
+    got = reference.exact_fma(*(torch.tensor([x], dtype=torch.float64) for x in (a, b, c)))
+    assert not difference(got, torch.tensor([want], dtype=torch.float64))
+    assert math.copysign(1, got.item()) == math.copysign(1, want) or math.isnan(want)
 
 
 def test_exact_sqrt_of_what_is_not_positive_and_its_end() -> None:

@@ -140,3 +140,32 @@ def test_a_kernel_that_was_not_compiled_is_missed_before_anything_changes(backen
     there.step()
     there.param_groups[0].update(decoupled_weight_decay=False)  # another chain for the same state
     fails(there, "not compiled for centralised gradients")
+
+
+class MisnamedRule(AdamRule):
+    def twin(self, h: Hyper) -> tuple[str, dict[str, Number]]:
+        return "adamant", {"lr": h.lr}
+
+
+class Misnamed(fastopt.Adam):
+    rule = MisnamedRule()
+
+
+@pytest.mark.skipif(not fastopt.backends.available("native"), reason="without the extension nobody asks for twins")
+def test_a_twin_that_is_not_listed_is_named() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"MisnamedRule.twin\(\) says 'adamant'.*ROW_RULES.*RowRules in csrc/rows.h"):
+        Misnamed([p]).step()
+
+
+@pytest.mark.parametrize("backend", backends(["native", "reference", "emulated"]))
+def test_a_learning_rate_that_is_no_number_is_a_type_error(backend: str) -> None:
+    """As in torch, though Python can make a number of it."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = fastopt.SGD([p], lr=0.1, backend=backend)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = "0.1"
+    with pytest.raises(TypeError):
+        optimizer.step()

@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import CASES, Case, backends, by_id, parametrize
+from cases import CASES, Case, backends, by_id, each_backend, parametrize
 from harness import assert_same, difference, snapshot, states_in_order
 from test_checkpoints import MIDRUN, SAVED_AFTER, advance, copied, fresh
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -366,3 +366,23 @@ def test_strict_resume_with_parameters_that_never_had_a_gradient(make: Any) -> N
     train(twin, other, 4)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert [s["step"].item() for s in other.state_dict()["state"].values()] == [7, 7, 0, 0]
+
+
+@pytest.mark.contract("state", optimizers="NAdam")
+@each_backend
+def test_a_product_saved_as_a_whole_number_goes_on_as_a_fraction(backend: str) -> None:
+    results = []
+    for first in (1, 1.0):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = fastopt.NAdam([p], lr=0.1, backend=backend)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0]["mu_product"] = torch.tensor(first)
+        optimizer.load_state_dict(saved)
+        for _ in range(3):
+            optimizer.step()
+        results.append((p.detach(), optimizer.state[p]["mu_product"]))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    assert 0 < results[0][1] < 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 
 import pytest
@@ -341,3 +342,33 @@ stop.set()
 thread.join()
 """
     )
+
+
+def test_two_threads_step_one_lookahead() -> None:
+    """What one of them has stepped it has counted before the other steps."""
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = -torch.ones(3)
+    optimizer = fastopt.Lookahead(fastopt.SGD([p], lr=1.0), k=10**9)
+    interval = sys.getswitchinterval()
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for _ in range(500):
+                optimizer.step()
+        except Exception as error:
+            failed.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert p[0] == 1000
+    assert optimizer.param_groups[0]["lookahead_step"] == 1000
+    assert "_drive" not in vars(optimizer.optimizer)

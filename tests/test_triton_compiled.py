@@ -41,7 +41,13 @@ FULL = os.environ.get("FASTOPT_AOT") == "1"
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MIXES = {"fp32": (F32, F32), "bf16+fp32": (BF16, F32), "bf16": (BF16, BF16)}
-REST = {"fp64": (F64, F64), "fp64+bf16": (F64, BF16), "fp16": (F16, F16), "fp16+fp32": (F16, F32), "fp32+bf16": (F32, BF16)}
+REST = {
+    "fp64": (F64, F64),
+    "fp64+bf16": (F64, BF16),
+    "fp16": (F16, F16),
+    "fp16+fp32": (F16, F32),
+    "fp32+bf16": (F32, BF16),
+}
 
 
 @dataclass(frozen=True)

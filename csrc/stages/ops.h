@@ -31,7 +31,7 @@ FASTOPT_HD T maximum(T a, T b) {
 // a + w (b - a) as torch.lerp computes it, signs of zeros included: from the nearer end, so that w = 1 gives b.
 template <class T>
 FASTOPT_HD T lerp2(T a, T b, T w) {
-  return w < T(0.5) ? fma(w, b - a, a) : fma(b - a, w - T(1), b);
+  return abs(w) < T(0.5) ? fma(w, b - a, a) : fma(b - a, w - T(1), b);
 }
 
 }  // namespace fastopt

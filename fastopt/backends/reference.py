@@ -137,7 +137,8 @@ def exact_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c with one rounding, from float64 operations.
 
     float32: the product is exact in float64 and the sum is rounded to odd. float64: Boldo and Melquiond 2008, with
-    Veltkamp's splitting; where an intermediate overflows the plain expression is returned.
+    Veltkamp's splitting; where an intermediate overflows the plain expression is returned, and of a product below
+    2^-969 what would have to be rounded is lost.
     """
     if not has_float64(c.device.type):
         return a * b + c
@@ -145,12 +146,21 @@ def exact_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         product = a.double() * b.double()
         return _to_odd(*_two_sum(product, c.double())).float()
     assert a.dtype == torch.float64, a.dtype
-    high = a * b
-    low = _product_error(a, b, high)
+    # Splitting multiplies by 2^27: of a factor near the end of the range a part goes to the other one first.
+    product = a * b
+    moved = (
+        torch.ones_like(product).masked_fill(b.abs() > 2.0**900, 2.0**100).masked_fill(a.abs() > 2.0**900, 2.0**-100)
+    )
+    x, y = a * moved, b / moved
+    high = x * y
+    low = _product_error(x, y, high)
     s1, e1 = _two_sum(c, low)
     s2, e2 = _two_sum(high, s1)
     result = s2 + _to_odd(*_two_sum(e2, e1))
-    return torch.where(result.isfinite(), result, a * b + c)
+    plain = product + c
+    zero = torch.where((c == 0) & (a != 0) & (b != 0), product, plain)  # a product too small for float64 has its sign
+    result = torch.where(result.isfinite(), torch.where(result == 0, zero, result), plain)
+    return torch.where(c.isinf() & a.isfinite() & b.isfinite(), c, result)
 
 
 def _product_error(a: Tensor, b: Tensor, product: Tensor) -> Tensor:

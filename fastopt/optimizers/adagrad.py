@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastopt import stages
 from fastopt.chain import Stage
@@ -72,5 +74,23 @@ class Adagrad(Fused, torch.optim.Adagrad):
         Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
         JMLR 12, 2011.
     """
+
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-2,
+            lr_decay: float = 0,
+            weight_decay: float = 0,
+            initial_accumulator_value: float = 0,
+            eps: float = 1e-10,
+            foreach: bool | None = None,
+            *,
+            maximize: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            backend: str | None = None,
+        ) -> None: ...
 
     rule = AdagradRule()

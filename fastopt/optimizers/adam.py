@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastopt import stages
 from fastopt.chain import Stage
@@ -80,6 +83,26 @@ class Adam(Fused, torch.optim.Adam):
         Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond", ICLR 2018, arXiv:1904.09237.
     """
 
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            amsgrad: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            decoupled_weight_decay: bool = False,
+            backend: str | None = None,
+        ) -> None: ...
+
     rule = AdamRule()
 
 
@@ -116,3 +139,22 @@ class AdamW(Adam, torch.optim.AdamW):
     References:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv:1711.05101.
     """
+
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0.01,
+            amsgrad: bool = False,
+            *,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            backend: str | None = None,
+        ) -> None: ...

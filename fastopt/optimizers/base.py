@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
@@ -182,11 +183,11 @@ class Fused(_Base):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        drive = vars(self).get("_drive")
-        if drive is None:
-            self.engine().step(self, amp=self)
-        else:  # a wrapper that appends its own stage to ours (lookahead.py)
+        drives = vars(self).get("_drive")
+        if drives and (drive := drives.get(get_ident())):  # a wrapper that appends its own stage to ours (lookahead.py)
             drive()
+        else:
+            self.engine().step(self, amp=self)
         return loss
 
     def engine(self) -> Engine:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from os import getpid
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -124,6 +126,12 @@ class Lookahead(SlowWeights, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, Lookahead):
             raise TypeError("Lookahead around Lookahead would share its state keys: wrap the innermost optimizer once")
+        if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+            raise TypeError(
+                "Lookahead around ZeroRedundancyOptimizer could not be saved, for each process has the states of some "
+                "parameters only: make Lookahead inside, as optimizer_class=lambda params, **settings: "
+                "fastopt.Lookahead(fastopt.AdamW(params, **settings))"
+            )
         check_slow(k, alpha)
         self.optimizer = optimizer
         self._defaults = {K: k, ALPHA: alpha}
@@ -229,14 +237,27 @@ class Lookahead(SlowWeights, Optimizer):
         """The inner step() itself, so that its hooks and schedulers see it, with our stage in the same pass."""
 
         def drive() -> None:
-            if self.engine().step(self.optimizer, amp=self, sync=self._dues()):
-                self._advance()
+            with self._turn():  # to step and to count it is one thing for other threads
+                if self.engine().step(self.optimizer, amp=self, sync=self._dues()):
+                    self._advance()
 
-        vars(self.optimizer)["_drive"] = drive
+        own, me = vars(self.optimizer), get_ident()
+        with self._turn():
+            own.setdefault("_drive", {})[me] = drive
         try:
             return self.optimizer.step(closure) if closure else self.optimizer.step()
         finally:
-            del vars(self.optimizer)["_drive"]
+            with self._turn():
+                del own["_drive"][me]
+                if not own["_drive"]:
+                    del own["_drive"]
+
+    def _turn(self) -> Any:
+        """A lock. One that another thread held when this process was forked off would never be let go of."""
+        process, own = getpid(), vars(self)
+        if own.get("_lock", (None,))[0] != process:
+            own["_lock"] = process, RLock()
+        return own["_lock"][1]
 
     def engine(self) -> Engine:
         """The engine that runs the inner rule with slow weights appended."""
@@ -270,9 +291,14 @@ class Lookahead(SlowWeights, Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        state_dict = super().state_dict()
+        """The inner optimizer's own, with what it adds to it; groups and states hold the slow weights."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.optimizer.state_dict()
         for group in state_dict["param_groups"]:
             group[STEP] = int(group[STEP])
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

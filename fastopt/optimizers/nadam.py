@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastopt import stages
 from fastopt.chain import Stage
@@ -92,5 +95,24 @@ class NAdam(Fused, torch.optim.NAdam):
     References:
         Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop, openreview OM0jvwB8jIp57ZJjtNEZ.
     """
+
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 2e-3,
+            betas: tuple[float, float] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            momentum_decay: float = 0.004,
+            decoupled_weight_decay: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            backend: str | None = None,
+        ) -> None: ...
 
     rule = NAdamRule()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastopt import stages
 from fastopt.chain import Stage
@@ -105,5 +108,23 @@ class RAdam(Fused, torch.optim.RAdam):
     References:
         Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", ICLR 2020, arXiv:1908.03265.
     """
+
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float, float] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            decoupled_weight_decay: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            backend: str | None = None,
+        ) -> None: ...
 
     rule = RAdamRule()

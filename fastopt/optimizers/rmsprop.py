@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastopt import stages
 from fastopt.chain import Stage
@@ -82,5 +85,24 @@ class RMSprop(Fused, torch.optim.RMSprop):
         Hinton, "Neural Networks for Machine Learning", lecture 6, 2012.
         Graves, "Generating Sequences with Recurrent Neural Networks", 2013, arXiv:1308.0850.
     """
+
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-2,
+            alpha: float = 0.99,
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            momentum: float = 0,
+            centered: bool = False,
+            capturable: bool = False,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            differentiable: bool = False,
+            *,
+            backend: str | None = None,
+        ) -> None: ...
 
     rule = RMSpropRule()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastopt import stages
 from fastopt.chain import Stage
@@ -81,5 +84,23 @@ class SGD(Fused, torch.optim.SGD):
         Polyak, "Some Methods of Speeding up the Convergence of Iteration Methods", 1964.
         Sutskever et al., "On the Importance of Initialization and Momentum in Deep Learning", ICML 2013.
     """
+
+    if TYPE_CHECKING:  # what torch's constructor takes, which does the work, and backend
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            momentum: float = 0,
+            dampening: float = 0,
+            weight_decay: float | Tensor = 0,
+            nesterov: bool = False,
+            *,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            backend: str | None = None,
+        ) -> None: ...
 
     rule = SGDRule()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -33,6 +35,14 @@ def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     raise RuntimeError("step() inside slow_weights(): the update would be undone at the end of the block; step outside")
 
 
+def _reshard(model: Module | None) -> None:
+    """Have FSDP2's modules let go of the whole parameters that they keep from a forward pass to the next."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was not imported it shards nothing
+    for module in model.modules() if model is not None and fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
+
+
 def _put_back(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Writes every value that can be written, and then raises what was wrong with the first of the others."""
     wrong: list[RuntimeError] = []
@@ -52,12 +62,16 @@ class SlowWeights(_Base):
     slow_key: ClassVar[str]
 
     @contextmanager
-    def slow_weights(self) -> Iterator[None]:
+    def slow_weights(self, model: Module | None = None) -> Iterator[None]:
         """Put the slow weights into the parameters for the duration of a ``with`` block, then the fast ones back.
 
         The published results of Lookahead are those of the slow weights. A parameter that was never updated keeps its
         value: that is its slow weight. Buffers are the model's own: running statistics of batch normalisation stay
         those of the fast weights.
+
+        Args:
+            model: The model that the parameters are of, if FSDP2's ``fully_shard`` has been at it: after a forward pass
+                it may go on with parameters that it has gathered, and has to gather these.
 
         Raises:
             RuntimeError: ``step()`` is called inside the block, whose end would undo it.
@@ -71,6 +85,7 @@ class SlowWeights(_Base):
             >>> with optimizer.slow_weights():
             ...     loss = model(torch.ones(3, 4)).sum()
         """
+        _reshard(model)
         pairs = [
             (p, self.state[p][self.slow_key])
             for group in self.param_groups
@@ -89,4 +104,5 @@ class SlowWeights(_Base):
         finally:
             for refusal in refusals:
                 refusal.remove()
+            _reshard(model)
             _put_back([p for p, _ in pairs[: len(fast)]], fast)

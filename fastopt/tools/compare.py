@@ -8,11 +8,14 @@ table, a CSV and a plot. It holds no opinion: what it says is what it measured o
   loss over the next tenth of the batches. Lookahead and Ranger, which have ``slow_weights()``, are scored on them.
 - A run diverged when its loss or its score was not finite, or when the loss raised an error after the weights or the
   loss had grown beyond measure. It stops there and counts; the others go on.
+- An error of an optimizer's own step makes it one that failed: its training ends there, the others go on. An error of
+  the user's functions ends everything, and says in which run and at which step it arose.
 - How the scores become a ranking: `fastopt.tools.comparison`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from array import array
@@ -29,7 +32,7 @@ from torch.optim import Optimizer
 from fastopt.report import Progress
 
 from .comparison import Comparison, Run, best_lr
-from .entrants import Entrant, OptimizerSpec, entrants
+from .entrants import Entrant, OptimizerSpec, describe, entrants, try_on
 from .tasks import inference
 
 Evaluation: TypeAlias = Callable[[nn.Module], float | Mapping[str, float]]
@@ -38,6 +41,18 @@ Batches: TypeAlias = Iterable[Any] | Callable[[int], Iterable[Any]]
 START_POINTS = 3
 MOST_POINTS = 10
 """A search without ``lrs`` begins with 3 half-decades around the optimizer's default and adds at most 7 more."""
+
+
+class NothingComparedError(RuntimeError):
+    """Every optimizer failed; the message gives their reasons."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `compare`; ``result`` holds the optimizers that were finished by then, which may be none."""
+
+    def __init__(self, result: Comparison) -> None:
+        super().__init__()
+        self.result = result
 
 
 def compare(
@@ -57,7 +72,7 @@ def compare(
     """Train a model with several optimizers, learning rates and seeds; say which did best, and whether beyond chance.
 
     Args:
-        make_model: makes a fresh model; called after ``torch.manual_seed(seed)``.
+        make_model: makes a fresh model; called after ``torch.manual_seed(seed)``, and twice before any training.
         loss: ``loss(model, batch)`` returns the scalar to minimise.
         batches: anything that can be iterated again and again (a DataLoader, a list), or a function from the seed to an
             iterable. A short one starts over.
@@ -76,7 +91,10 @@ def compare(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError, TypeError: an argument cannot be used; found before any training.
+        ValueError, TypeError: an argument cannot be used. Found before any training, but for what ``loss`` and
+            ``evaluate`` return.
+        RuntimeError: every optimizer failed. One that fails beside others that do not is a line in the result.
+        KeyboardInterrupt: its ``result`` is a `Comparison` of the optimizers that were finished.
 
     Example:
         >>> data = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
@@ -94,10 +112,24 @@ def compare(
         raise ValueError(f"confidence is a probability between 0 and 1; got {confidence!r}")
     points = START_POINTS if grid is None else len(grid)
     runs: list[Run] = []
-    with Progress(len(contestants) * points * len(job.seeds) * steps, progress) as bar, _random_state_kept():
+    with _random_state_kept():
+        parameters = _sample_parameters(job)
         for entrant in contestants:
-            runs += _explore(job, entrant, grid, bar)
-    return Comparison(tuple(runs), steps, higher_is_better, confidence)
+            try_on(entrant, parameters)
+        try:
+            with Progress(len(contestants) * points * len(job.seeds) * steps, progress) as bar:
+                for entrant in contestants:
+                    runs += _explore(job, entrant, grid, bar)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(Comparison(tuple(runs), steps, higher_is_better, confidence)) from stop
+    return _checked_result(Comparison(tuple(runs), steps, higher_is_better, confidence))
+
+
+def _checked_result(result: Comparison) -> Comparison:
+    reasons = [f"{it.optimizer} failed at lr {it.lr:g}: {it.failed}" for it in result.standings if it.failed]
+    if len(reasons) == len(result.standings):
+        raise NothingComparedError("\n  ".join(["nothing could be compared, every optimizer failed:", *reasons]))
+    return result
 
 
 @dataclass(frozen=True)
@@ -120,6 +152,10 @@ class _Job:
             raise TypeError(f"loss is a function (model, batch) -> scalar; got {self.loss!r}")
         if not (self.evaluate is None or callable(self.evaluate)):
             raise TypeError(f"evaluate is a function of the model, or None; got {self.evaluate!r}")
+        if self.higher_is_better and self.evaluate is None:
+            raise ValueError(
+                "higher_is_better=True needs evaluate=: without one the score is the loss, and the lower one is better"
+            )
         if not isinstance(self.steps, Integral):
             raise TypeError(f"steps is a whole number; got {self.steps!r}")
         if self.steps < 1:
@@ -146,6 +182,36 @@ class _Job:
                 )
 
 
+def _sample_parameters(job: _Job) -> list[Tensor]:
+    """Those of a throw-away model, once `make_model` has shown that it makes models that can be trained, and new ones.
+
+    One model trained by all would let each optimizer start where the last one ended.
+    """
+    torch.manual_seed(job.seeds[0])
+    first, second = models = job.make_model(), job.make_model()
+    if not all(callable(getattr(model, "parameters", None)) for model in models):
+        raise TypeError(f"make_model() returned a {type(first).__name__}: it must return a torch.nn.Module")
+    parameters: list[Tensor] = list(second.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            "make_model() returned a model without a parameter that requires a gradient: there is nothing to train"
+        )
+    if first is second or _trainable_memory(first) & _trainable_memory(second):
+        what = "the same model" if first is second else "models that share parameters"
+        raise ValueError(
+            f"make_model(), called twice, returned {what}, but every run starts afresh: build the model inside, as in "
+            "lambda: Net(), or copy it, as in lambda: copy.deepcopy(model)"
+        )
+    return parameters
+
+
+def _trainable_memory(model: nn.Module) -> set[int]:
+    """Where the parameters to train lie; frozen ones may be shared, and those of lazy modules have no place yet."""
+    trainable = [it for it in model.parameters() if it.requires_grad]
+    placed = [it for it in trainable if type(it) is nn.Parameter and it.layout == torch.strided]
+    return {id(it) for it in trainable} | {it.data_ptr() for it in placed} - {0}
+
+
 def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if not isinstance(seeds, Integral | Iterable):
         raise TypeError(f"seeds is a count, or a list of seeds; got {seeds!r}")
@@ -160,7 +226,15 @@ def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 def _check_lrs(lrs: Sequence[float]) -> tuple[float, ...]:
     if not isinstance(lrs, Iterable) or isinstance(lrs, str):
         raise TypeError(f"lrs is a list of learning rates; got {lrs!r}: write [{lrs}]")
-    grid = tuple(sorted({float(lr) for lr in lrs}))
+    if isinstance(lrs, Mapping):
+        raise TypeError(
+            f"lrs is one list of learning rates for all optimizers; got the mapping {lrs!r}: leave lrs out, and each "
+            "optimizer has a grid of its own"
+        )
+    try:
+        grid = tuple(sorted({float(lr) for lr in lrs}))
+    except (TypeError, ValueError):
+        raise TypeError(f"lrs is a list of numbers; got {lrs!r}") from None
     if not grid or not all(0 < lr < math.inf for lr in grid):
         raise ValueError(f"lrs must be positive numbers, at least one; got {lrs}")
     return grid
@@ -174,12 +248,8 @@ def _explore(job: _Job, entrant: Entrant, grid: tuple[float, ...] | None, bar: P
     """Run one optimizer over its grid; without one, over half-decades, extended while the best is at an end."""
     centre = round(2 * math.log10(entrant.default_lr))
     low, high = centre - 1, centre - 2 + START_POINTS
-    runs = [
-        _train(job, entrant, lr, seed, bar)
-        for lr in grid or map(_half_decade, range(low, high + 1))
-        for seed in job.seeds
-    ]
-    while grid is None and high - low + 1 < MOST_POINTS:
+    runs = _train_all(job, entrant, grid or [_half_decade(exponent) for exponent in range(low, high + 1)], bar)
+    while grid is None and not runs[-1].failed and high - low + 1 < MOST_POINTS:
         best = best_lr(runs, job.higher_is_better)
         if best == _half_decade(high):
             high = fresh = high + 1
@@ -188,15 +258,20 @@ def _explore(job: _Job, entrant: Entrant, grid: tuple[float, ...] | None, bar: P
         else:
             break
         bar.grow(len(job.seeds) * job.steps)
-        runs += [_train(job, entrant, _half_decade(fresh), seed, bar) for seed in job.seeds]
+        runs += _train_all(job, entrant, [_half_decade(fresh)], bar)
     return runs
 
 
-def _blown_up(losses: Sequence[float], model: torch.nn.Module) -> bool:
-    """Whether a weight is not finite or beyond a million, or the loss a hundred times what it began with."""
-    if not all((parameter.abs() < 1e6).all() for parameter in model.parameters()):
-        return True
-    return len(losses) > 1 and abs(losses[-1]) > 100 * max(1.0, abs(losses[0]))
+def _train_all(job: _Job, entrant: Entrant, lrs: Sequence[float], bar: Progress) -> list[Run]:
+    """Every seed at every learning rate; a failure is the last run, for the next would most likely fail too."""
+    settings = list(itertools.product(lrs, job.seeds))
+    runs: list[Run] = []
+    for lr, seed in settings:
+        runs.append(_train(job, entrant, lr, seed, bar))
+        if runs[-1].failed:
+            break
+    bar.grow((len(runs) - len(settings)) * job.steps)
+    return runs
 
 
 def _half_decade(exponent: int) -> float:
@@ -204,42 +279,107 @@ def _half_decade(exponent: int) -> float:
 
 
 def _train(job: _Job, entrant: Entrant, lr: float, seed: int, bar: Progress) -> Run:
-    torch.manual_seed(seed)
-    model = job.make_model()
-    optimizer = entrant.make(list(model.parameters()), lr)
-    stream = job.stream(seed)
-    losses: array[float] = array("d")
-    label = f"{entrant.name}  lr {lr:g}  seed {seed}"
+    training = _Training(job, entrant, lr, seed)
     planned = bar.done + job.steps
     start = time.perf_counter()
     metrics: dict[str, float] = {}
+    failed = ""
     try:
-        for _ in range(job.steps):
-            optimizer.zero_grad()
-            value = _checked(job.loss(model, next(stream)))
-            losses.append(value.item())
-            if not math.isfinite(losses[-1]):
-                break
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            bar.advance(f"{label}  loss {losses[-1]:.4g}")
-        else:
-            metrics = _evaluate(job, model, optimizer, stream)
-    except (RuntimeError, ValueError):
-        # Losses that check their input raise once a run has blown up; any other error is the user's to see.
-        if not _blown_up(losses, model):
-            raise
+        metrics = training.run(bar)
+    except Exception as error:
+        cause = error.cause if isinstance(error, _EntrantError) else error
+        # Losses that check their input raise once a run has blown up; any other error is there to be seen.
+        if not (isinstance(cause, RuntimeError | ValueError) and training.blown_up()):
+            if not isinstance(error, _EntrantError):
+                raise _named(error, training.where()) from error
+            failed = describe(cause)
     score = next(iter(metrics.values()), math.nan)
     seconds = time.perf_counter() - start
-    diverged_at = None if math.isfinite(score) else len(losses)
+    diverged_at = None if failed or math.isfinite(score) else len(training.losses)
     bar.grow(bar.done - planned)
-    return Run(entrant.name, lr, seed, score, metrics, losses, diverged_at, seconds)
+    return Run(entrant.name, lr, seed, score, metrics, training.losses, diverged_at, seconds, failed)
+
+
+class _EntrantError(Exception):
+    """Wraps what an optimizer raised, and so tells it from what the user's functions raise."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _Training:
+    """One run while it lasts: its loss at every step, and how far it is, for whoever must say where an error arose."""
+
+    def __init__(self, job: _Job, entrant: Entrant, lr: float, seed: int) -> None:
+        self.job, self.entrant, self.lr, self.seed = job, entrant, lr, seed
+        self.losses: array[float] = array("d")
+        self.stage = "make_model()"
+        self.model: nn.Module | None = None
+
+    def run(self, bar: Progress) -> dict[str, float]:
+        """Train, and return what the evaluation says; nothing where the loss was not finite."""
+        torch.manual_seed(self.seed)
+        self.model = model = self.job.make_model()
+        optimizer = _own(self.entrant.make, list(model.parameters()), self.lr)
+        stream = self.job.stream(self.seed)
+        label = f"{self.entrant.name}  lr {self.lr:g}  seed {self.seed}"
+        for step in range(1, self.job.steps + 1):
+            self.stage = f"step {step}"
+            _own(optimizer.zero_grad)
+            value = _checked(self.job.loss(model, next(stream)))
+            self.losses.append(value.item())
+            if not math.isfinite(self.losses[-1]):
+                return {}
+            value.backward()  # type: ignore[no-untyped-call]
+            _own(optimizer.step)
+            bar.advance(f"{label}  loss {self.losses[-1]:.4g}")
+        self.stage = f"evaluation after step {self.job.steps}"
+        return _evaluate(self.job, model, optimizer, stream)
+
+    def where(self) -> str:
+        return f"{self.entrant.name} at lr {self.lr:g}, seed {self.seed}, {self.stage}"
+
+    def blown_up(self) -> bool:
+        """Whether a weight is not finite or beyond a million, or the loss a hundred times what it began with."""
+        if self.model is None:
+            return False
+        if not all((parameter.abs() < 1e6).all() for parameter in self.model.parameters()):
+            return True
+        return len(self.losses) > 1 and abs(self.losses[-1]) > 100 * max(1.0, abs(self.losses[0]))
+
+
+def _own(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what belongs to an entrant."""
+    try:
+        return call(*arguments)
+    except Exception as error:
+        raise _EntrantError(error) from error
+
+
+def _named(error: Exception, where: str) -> Exception:
+    """The same error with the place in front; a RuntimeError where its type cannot be made from a text alone."""
+    text = f"{where}: {str(error) or type(error).__name__}"
+    try:
+        named: object = type(error)(text)
+    except Exception:
+        named = None
+    if isinstance(named, Exception) and named.args == (text,):
+        return named
+    return RuntimeError(f"{where}: {describe(error)}")
 
 
 def _checked(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TypeError(f"loss(model, batch) returned {what}: it must return a tensor with one element")
+    if loss.is_complex():
+        raise TypeError("loss(model, batch) returned a complex number: it must be real, as with .abs()")
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss(model, batch) returned a tensor without a gradient: compute it from what the model returns, "
+            "without detach(), item() or no_grad()"
+        )
     return loss
 
 
@@ -251,10 +391,24 @@ def _evaluate(job: _Job, model: nn.Module, optimizer: Optimizer, stream: Iterato
         with inference(model):
             result = job.evaluate(model)
     if not isinstance(result, Mapping):
-        return {"score": float(result)}
+        return {"score": _number(result, "")}
     if not result:
-        raise TypeError("evaluate returned an empty mapping: its first value must be the score")
-    return {name: float(value) for name, value in result.items()}
+        raise TypeError("evaluate(model) returned an empty mapping: its first value must be the score")
+    return {name: _number(value, f" for {name!r}") for name, value in result.items()}
+
+
+def _number(value: Any, of: str) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+        reason = None
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = error
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    raise TypeError(
+        f"evaluate(model) returned a {type(value).__name__}{shape}{of}: it must return a number, or a mapping from "
+        "names to numbers whose first is the score"
+    ) from reason
 
 
 def scored_weights(optimizer: Optimizer) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ How it judges
   confidence interval: Student's t over the seeds with the pooled standard error, corrected (Bonferroni) for the number
   of rivals (`fastopt.tools.noise`).
 - An optimizer with a diverged seed at its best learning rate ranks after all that have none.
+- An optimizer whose own step raised an error failed: it ranks last, is no rival in the above, and its reason is shown.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
+import textwrap
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,10 +28,13 @@ from fastopt.report import table
 
 from . import noise, plots
 
+REASON_WIDTH = 48
+"""How much of a failure's reason the table shows; the summary has all of it."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One training. It diverged when its loss or its score was not finite: then ``score`` is NaN."""
+    """One training. It diverged when its loss or its score was not finite: then, or if it failed, ``score`` is NaN."""
 
     optimizer: str
     lr: float
@@ -42,11 +47,18 @@ class Run:
     diverged_at: int | None
     """After how many steps the divergence was seen; None when there was none."""
     seconds: float
+    failed: str = ""
+    """The error that the optimizer itself raised, its type in front; "" when there was none."""
+
+    @property
+    def finished(self) -> bool:
+        """Does it have a score?"""
+        return self.diverged_at is None and not self.failed
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one optimizer stands, at its best learning rate."""
+    """Where one optimizer stands, at its best learning rate, or at the one where it failed."""
 
     optimizer: str
     lr: float
@@ -59,7 +71,9 @@ class Standing:
     behind: float
     """How much worse than the winner on average; 0 for the winner, NaN when nothing can be compared."""
     noise: float
-    """What ``behind`` must exceed to be more than chance; NaN when the seeds are too few to tell."""
+    """What ``behind`` must exceed to be more than chance; NaN for the winner, and where the seeds are too few."""
+    failed: str = ""
+    """Why it failed; "" when it did not. A failed one has no scores."""
 
     @property
     def mean(self) -> float:
@@ -72,7 +86,7 @@ class Standing:
     @property
     def edge(self) -> str:
         """ "lowest" or "highest" where ``lr`` is an end of its grid and a better one may lie beyond; else ""."""
-        if len(self.lrs) == 1:
+        if len(self.lrs) == 1 or self.failed:
             return ""
         return {min(self.lrs): "lowest", max(self.lrs): "highest"}.get(self.lr, "")
 
@@ -88,17 +102,18 @@ def best_lr(runs: Sequence[Run], higher_is_better: bool) -> float:
     return min(lrs, key=lambda lr: _rank([run for run in runs if run.lr == lr], higher_is_better))
 
 
-def _rank(runs: Sequence[Run], higher_is_better: bool) -> tuple[int, float]:
-    """Sorts the runs of one setting: fewest diverged first, then the best mean score."""
+def _rank(runs: Sequence[Run], higher_is_better: bool) -> tuple[bool, int, float]:
+    """Sorts the runs of one setting: failed last, fewest diverged first, then the best mean score."""
     scores = _finite_scores(runs)
+    failed = any(run.failed for run in runs)
     if not scores:
-        return len(runs), math.inf
+        return failed, len(runs), math.inf
     mean = statistics.fmean(scores)
-    return len(runs) - len(scores), -mean if higher_is_better else mean
+    return failed, len(runs) - len(scores), -mean if higher_is_better else mean
 
 
 def _finite_scores(runs: Sequence[Run]) -> tuple[float, ...]:
-    return tuple(run.score for run in runs if run.diverged_at is None)
+    return tuple(run.score for run in runs if run.finished)
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,8 @@ class Comparison:
     @property
     def best(self) -> Standing:
         """The winner. Look at ``standings`` for who is within the noise of it."""
+        if not self.standings:
+            raise ValueError("there are no runs in this comparison, so none is the best")
         return self.standings[0]
 
     @cached_property
@@ -122,26 +139,33 @@ class Comparison:
         tried: dict[str, tuple[float, ...]] = {}
         for name in dict.fromkeys(run.optimizer for run in self.runs):
             runs = [run for run in self.runs if run.optimizer == name]
-            lr = best_lr(runs, self.higher_is_better)
-            at_best[name] = [run for run in runs if run.lr == lr]
+            failed = [run for run in runs if run.failed]
+            lr = failed[0].lr if failed else best_lr(runs, self.higher_is_better)
+            at_best[name] = failed[:1] or [run for run in runs if run.lr == lr]
             tried[name] = tuple(sorted({run.lr for run in runs}))
         ranking = sorted(at_best, key=lambda name: _rank(at_best[name], self.higher_is_better))
-        winner = _finite_scores(at_best[ranking[0]])
-        return tuple(self._standing(at_best[name], winner, tried[name], len(ranking) - 1) for name in ranking)
+        winner = at_best[ranking[0]] if ranking else []
+        rivals = sum(not runs[0].failed for runs in at_best.values()) - 1
+        return tuple(self._standing(at_best[name], winner, tried[name], rivals) for name in ranking)
 
-    def _standing(self, runs: list[Run], winner: Sequence[float], lrs: tuple[float, ...], rivals: int) -> Standing:
-        scores = _finite_scores(runs)
+    def _standing(self, runs: list[Run], winner: list[Run], lrs: tuple[float, ...], rivals: int) -> Standing:
+        scores, best = _finite_scores(runs), _finite_scores(winner)
         sign = -1 if self.higher_is_better else 1
-        behind = sign * (statistics.fmean(scores) - statistics.fmean(winner)) if scores and winner else math.nan
-        width = noise.half_width(winner, scores, self.confidence, max(1, rivals))
-        return Standing(runs[0].optimizer, runs[0].lr, scores, len(runs) - len(scores), lrs, behind, width)
+        behind = sign * (statistics.fmean(scores) - statistics.fmean(best)) if scores and best else math.nan
+        width = math.nan if runs is winner else noise.half_width(best, scores, self.confidence, max(1, rivals))
+        diverged = sum(run.diverged_at is not None for run in runs)
+        # Adding zero makes 0 of the -0 that an equal mean has where higher is better.
+        return Standing(runs[0].optimizer, runs[0].lr, scores, diverged, lrs, behind + 0.0, width, runs[0].failed)
 
     @property
     def score_name(self) -> str:
         return next((name for run in self.runs for name in run.metrics), "score")
 
     def verdict(self, it: Standing) -> str:
-        """A standing in words: "best", "within noise", "worse", "noise unknown", or how many seeds diverged."""
+        """A standing in words: "best", "within noise", "worse", "noise unknown", how many seeds diverged, or the error
+        with which it failed."""
+        if it.failed:
+            return f"failed: {it.failed}"
         if it.diverged:
             return f"diverged: {it.diverged} of {it.diverged + len(it.scores)}"
         if it is self.best:
@@ -156,14 +180,17 @@ class Comparison:
         return table(headings, [self._row(standing) for standing in self.standings], left=2)
 
     def _row(self, it: Standing) -> tuple[str, ...]:
+        verdict = f"failed: {textwrap.shorten(it.failed, REASON_WIDTH)}" if it.failed else self.verdict(it)
         tried = f"{len(it.lrs)}: {min(it.lrs):g}..{max(it.lrs):g}" if len(it.lrs) > 1 else "1"
         widen = " (widen the grid)" if it.edge else ""
         against = (math.nan, math.nan) if it is self.best else (it.behind, it.noise)
         numbers = (f"{value:.4g}" if math.isfinite(value) else "-" for value in (it.mean, it.std, *against))
-        return it.optimizer, self.verdict(it), f"{it.lr:g}", *numbers, tried + widen
+        return it.optimizer, verdict, "-" if it.failed else f"{it.lr:g}", *numbers, tried + widen
 
     def summary(self) -> str:
         """The result in sentences: who won, at which learning rate, by how much beyond the noise, what to doubt."""
+        if not self.standings:
+            return "No runs, so nothing to compare."
         return "\n".join(
             [
                 *self._result(),
@@ -174,6 +201,8 @@ class Comparison:
 
     def _result(self) -> list[str]:
         best, rivals = self.best, self.standings[1:]
+        if best.failed:
+            return ["Every optimizer failed, so nothing could be compared."]
         if best.diverged:
             return ["No optimizer finished every seed without diverging: try smaller learning rates."]
         seeds = len(best.scores)
@@ -201,21 +230,23 @@ class Comparison:
             )
         if diverged := sum(run.diverged_at is not None for run in self.runs):
             lines.append(f"{diverged} of {len(self.runs)} runs diverged.")
+        lines += [f"{it.optimizer} failed at lr {it.lr:g}: {it.failed}" for it in self.standings if it.failed]
         return lines
 
     def __str__(self) -> str:
         return f"{self.table()}\n\n{self.summary()}"
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write one row for each run, numbers in full; ``diverged_at`` is empty where the run did not diverge."""
+        """Write one row for each run, numbers in full; ``diverged_at`` and ``failed`` are empty where it did not."""
         metrics = list(dict.fromkeys(name for run in self.runs for name in run.metrics if name != "score"))
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["optimizer", "lr", "seed", "steps", "score", "diverged_at", "seconds", *metrics])
+            writer.writerow(["optimizer", "lr", "seed", "steps", "score", "diverged_at", "failed", "seconds", *metrics])
             for run in self.runs:
                 at = "" if run.diverged_at is None else run.diverged_at
                 values = [run.metrics.get(name, "") for name in metrics]
-                writer.writerow([run.optimizer, run.lr, run.seed, self.steps, run.score, at, run.seconds, *values])
+                setting = (run.optimizer, run.lr, run.seed, self.steps)
+                writer.writerow([*setting, run.score, at, run.failed, run.seconds, *values])
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Save a picture: score by learning rate, the seeds of each optimizer at its best one, and the loss curves."""

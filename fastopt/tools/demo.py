@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 import fastopt
 from fastopt import backends
-from fastopt.report import Progress, table
+from fastopt.report import Progress, need, table
 
 from . import plots, tasks
 from .compare import scored_weights
@@ -292,13 +292,27 @@ def _measurements(result: Result, lane: Lane) -> list[Any]:
     return [result.score_name, lane.score, lane.difference(result.torch_default), *quantiles, lane.train_seconds]
 
 
-def show(demo: Demo, picture: Path) -> str:
-    """Save the CSV and the picture, and return what to print: the table, the notes and where the files are."""
+def lacking(wanted: Sequence[str]) -> dict[str, str]:
+    """Which of these, tasks and the "picture", cannot be had here, and the package that each needs."""
+    packages = {"digits": ("sklearn.datasets", "scikit-learn"), "picture": ("matplotlib", "matplotlib")}
+    missing = {}
+    for what in wanted:
+        module, package = packages.get(what, ("", ""))
+        try:
+            if module:
+                need(module, what)
+        except ModuleNotFoundError:
+            missing[what] = package
+    return missing
+
+
+def save(demo: Demo, picture: Path) -> str:
+    """Save the CSV and the picture, and return where they are."""
     picture.parent.mkdir(parents=True, exist_ok=True)
     numbers = picture.with_suffix(".csv")
     demo.to_csv(numbers)
     try:
         demo.plot(picture)
     except ModuleNotFoundError as error:
-        return f"{demo}\n\nNumbers: {numbers}\nNo picture: {error}"
-    return f"{demo}\n\nNumbers: {numbers}\nPicture: {picture}"
+        return f"Numbers: {numbers}\nNo picture: {error}"
+    return f"Numbers: {numbers}\nPicture: {picture}"

@@ -42,7 +42,7 @@ def default_names() -> list[str]:
 
 
 def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None) -> list[Entrant]:
-    """The entrants that ``specs`` stand for, each built once on a dummy parameter to find mistakes before training."""
+    """The entrants that ``specs`` stand for; whether they can be made is for `try_on` to find."""
     if isinstance(specs, str):
         raise TypeError(
             f"optimizers must be a list or a mapping, got the string {specs!r}: write {split_names(specs) or ['Adam']}"
@@ -59,19 +59,19 @@ def entrants(specs: Sequence[OptimizerSpec] | Mapping[str, OptimizerSpec] | None
         raise ValueError("no optimizers given: name at least one, or leave optimizers out to compare all")
     names = [entrant.name for entrant in found]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"two optimizers share the name {repeated[0]!r}: name them, as in optimizers={{'one': ..., 'other': ...}}"
-        )
-    for entrant in found:
-        _try(entrant)
+        written = all(isinstance(spec, str) for _, spec in labelled)
+        advice = "leave one out" if written else "name them, as in optimizers={'one': ..., 'other': ...}"
+        raise ValueError(f"two optimizers share the name {repeated[0]!r}: {advice}")
     return found
 
 
-def _try(entrant: Entrant) -> None:
+def try_on(entrant: Entrant, params: list[Tensor]) -> None:
+    """Make the optimizer once, for parameters like those it will train, to find mistakes before training."""
     try:
-        made: object = entrant.make([torch.zeros(1, requires_grad=True)], entrant.default_lr)
-    except RuntimeError as error:  # of torch's: options that exclude one another
-        raise ValueError(f"{entrant.name}: {error}") from error
+        made: object = entrant.make(params, entrant.default_lr)
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{entrant.name} cannot be made for this model: {describe(error)}") from error
     if not isinstance(made, Optimizer):
         raise TypeError(f"{entrant.name} made a {type(made).__name__}: a callable (params, lr) returns an Optimizer")
     closure = inspect.signature(made.step).parameters.get("closure")
@@ -80,6 +80,11 @@ def _try(entrant: Entrant) -> None:
             f"{entrant.name} cannot be compared: its step() evaluates the model itself, and the others take one step "
             "for one gradient"
         )
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, its type in front."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
 
 
 def split_names(text: str) -> list[str]:

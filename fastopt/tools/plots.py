@@ -90,11 +90,11 @@ def _log_if_wide(values: Iterable[float]) -> str:
 
 
 def _paint_lrs(axes: Any, result: Comparison, looks: dict[str, dict[str, Any]]) -> None:
-    finite = [run.score for run in result.runs if run.diverged_at is None]
+    finite = [run.score for run in result.runs if run.finished]
     for name, look in looks.items():
         by_lr: dict[float, list[float]] = {}
         for run in result.runs:
-            if run.optimizer == name and run.diverged_at is None:
+            if run.optimizer == name and run.finished:
                 by_lr.setdefault(run.lr, []).append(run.score)
         lrs = sorted(by_lr)
         means = [statistics.fmean(by_lr[lr]) for lr in lrs]

@@ -9,6 +9,7 @@ of the data, the held-out part is the same for every seed, and the global random
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch.nn import functional
 from fastopt.report import need
 
 Batch = tuple[Tensor, Tensor]
+
+MOST_THREADS_A_CORE = 4
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ def threads(count: int) -> Iterator[None]:
     """So many threads for torch inside."""
     if count < 1:
         raise ValueError(f"threads must be at least 1; got {count}")
+    cores = os.cpu_count() or 1
+    if count > MOST_THREADS_A_CORE * cores:  # torch takes any number, and the process dies when they are started
+        raise ValueError(f"threads must be at most {MOST_THREADS_A_CORE * cores}, for {cores} cores; got {count}")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -132,7 +132,8 @@ def source(
         after.append(f"tl.store({name}_at, ({value}).to({_type(dtype)}), stepped & advances)")
     if not counters:
         before.append("t = tl.load(doubles + tl.load(at + 5) + k, mask, 0)")
-    before.append("t = tl.where(stepped, t + 1.0, 0.0)")
+    after_t = "(t + 1.0).to(tl.float32).to(tl.float64)" if counters[:1] == (torch.float32,) else "t + 1.0"
+    before.append(f"t = tl.where(stepped, {after_t}, 0.0)")
     for i, (name, held) in enumerate(zip(formulas.inputs, inputs, strict=True)):
         read = f"tl.load(doubles + inputs + {i})"
         if held is not None:
