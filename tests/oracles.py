@@ -31,7 +31,9 @@ def rounded_sqrt(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 numbers as a dtype of 16 bits, to nearest and once, by a look at all that there are."""
+    """x as another dtype, to nearest and once: to 16 bits torch goes from float64 by way of float32, rounding there."""
+    if x.dtype != torch.float64 or dtype.itemsize > 2:
+        return x.to(dtype)
     there = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).double()
     finite = there[there.isfinite()].unique()
     edges = (finite[1:] + finite[:-1]) / 2  # exact; a tie goes to the even one, whose last bit is 0

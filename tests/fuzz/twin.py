@@ -97,7 +97,7 @@ class Twin:
     def states(self, member: Member) -> dict[str, Tensor]:
         """As they are stored."""
         found = oracles.states_of(self.oracle, member.shadow)
-        return {k: v if (kind := member.kind(k)) is None else v.to(kind) for k, v in found.items()}
+        return {k: v if (kind := member.kind(k)) is None else oracles.rounded(v, kind) for k, v in found.items()}
 
     def step(self, grads: list[Tensor | None]) -> None:
         for member, grad in zip(self.members, grads, strict=True):
@@ -140,7 +140,7 @@ class Twin:
             member.shadow.copy_(member.shadow.to(member.dtype))
             for key, value in oracles.states_of(self.oracle, member.shadow).items():
                 if (kind := member.kind(key)) is not None:
-                    value.copy_(value.to(kind))
+                    value.copy_(oracles.rounded(value, kind))
 
     def add_group(self, group: dict[str, Any]) -> None:
         self.groups.append([Member.of(p) for p in group["params"]])
