@@ -390,17 +390,20 @@ class Setting:
             decay=DECAYS.index(rule.decay(h)),
             maximize=bool(h.maximize),
             slow=rule.slow is not None,
-            weight_decay=_number(h.weight_decay),
-            alpha=_number(rule.alpha(h)),
-            period=_number(rule.period(h)),
-            hyper=tuple(value if isinstance(value, Tensor) else _number(value) for value in hyper.values()),
+            weight_decay=_number("weight_decay", h.weight_decay),
+            alpha=_number("alpha", rule.alpha(h)),
+            period=_number("k", rule.period(h)),
+            hyper=tuple(x if isinstance(x, Tensor) else _number(key, x) for key, x in hyper.items()),
             chains=tuple(-1 if chain is None else self._index(chain) for chain in self.chains),
         )
 
 
-def _number(x: Any) -> float:
+def _number(key: str, x: Any) -> float:
     """A float. What is no number, such as a string of one, is a TypeError, as in torch."""
-    number: float = 1.0 * x
+    try:
+        number: float = 1.0 * x
+    except TypeError:
+        raise TypeError(f"a group's {key} is {x!r}; a number, or a tensor with one element, is expected") from None
     return number
 
 

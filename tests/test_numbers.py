@@ -131,6 +131,23 @@ def test_special_values(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, SPECIAL, dtype, backend)
 
 
+@pytest.mark.contract("numbers", difference="numbers beyond float32")
+@pytest.mark.parametrize("backend", backends())
+def test_a_learning_rate_beyond_float32_is_infinite(backend: str) -> None:
+    for dtype, want in ((torch.float32, -math.inf), (torch.float64, -1e39)):
+        ps = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2)]
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        fastopt.SGD(ps[:1], lr=1e39, backend=backend).step()
+        assert torch.equal(ps[0].detach(), torch.full((3,), want, dtype=dtype))
+        theirs = torch.optim.SGD(ps[1:], lr=1e39)
+        if dtype == torch.float64:
+            theirs.step()
+            continue
+        with pytest.raises(RuntimeError, match="without overflow"):
+            theirs.step()
+
+
 @parametrize([Case("rmsprop-extrapolating", "RMSprop", {"alpha": 1.75, "centered": True})])
 def test_an_average_beyond_its_ends(case: Case, dtype: torch.dtype, backend: str) -> None:
     """A weight of -0.75, as torch's constructor lets pass: from the farther end, as torch.lerp does it."""

@@ -22,8 +22,8 @@ from fastopt.rule import PULL, Setting
 Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
 """Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""
 _REBUILD = (
-    "rebuild it in fastopt's source tree, with `make build` or with "
-    "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+    "install again from fastopt's source tree, with `pip install --no-build-isolation --force-reinstall --no-deps .` "
+    "(-v shows why it was not compiled; for the tree's own environment, `make build`)"
 )
 
 
@@ -34,7 +34,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if spec is None or spec.origin is None:
         return _warned(
             "the compiled extension is not installed (it needs torch, ninja and a C++20 compiler at install time): "
-            "install a compiler, then " + _REBUILD
+            "install what was missing, then " + _REBUILD
         )
     built_for = _stamp(spec.origin)
     if built_for not in (None, torch.__version__):

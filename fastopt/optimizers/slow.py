@@ -104,5 +104,7 @@ class SlowWeights(_Base):
         finally:
             for refusal in refusals:
                 refusal.remove()
-            _reshard(model)
-            _put_back([p for p, _ in pairs[: len(fast)]], fast)
+            try:
+                _reshard(model)
+            finally:
+                _put_back([p for p, _ in pairs[: len(fast)]], fast)
