@@ -513,9 +513,9 @@ def _value(key: str, value: Any, group: Mapping[str, Any]) -> Any:
     if type(value) in _PLAIN:
         return _MINUS_ZERO if value == 0 and math.copysign(1, value) < 0 else value
     if isinstance(value, Tensor) and value.numel() == 1:
-        return _Held(value) if key in SYMBOLIC and stays(value, group) else value.item()
+        return _Held(value) if key in SYMBOLIC and stays(value, group) else _value(key, value.item(), group)
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # numpy's, an array of one number too
-        return value.item()
+        return _value(key, value.item(), group)
     if hasattr(value, "tolist"):  # betas as one tensor or array
         value = value.tolist()
     if isinstance(value, (list, tuple)):

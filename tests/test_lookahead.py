@@ -375,6 +375,13 @@ def test_copies(inner: str, how: str) -> None:
     assert same(ps, fresh)
 
 
+def _watch_checkpoints(optimizer: Any, calls: list[str]) -> None:
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
+    optimizer.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+
+
 @pytest.mark.contract("lookahead", "hooks", optimizers="Lookahead")
 @each_inner
 def test_hooks_of_wrapper_and_inner_fire_once_in_order(inner: str) -> None:
@@ -388,10 +395,7 @@ def test_hooks_of_wrapper_and_inner_fire_once_in_order(inner: str) -> None:
     train(optimizer, ps, 0, 2)
     assert calls == ["outer pre", "inner pre", "inner post", "outer post"] * 2
     calls.clear()
-    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
-    optimizer.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
-    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
-    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    _watch_checkpoints(optimizer, calls)
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["save pre", "save post", "load pre", "load post"]
 
@@ -445,11 +449,7 @@ def test_a_checkpoint_has_what_the_inner_optimizer_adds_to_it() -> None:
 def test_hooks_of_the_inner_optimizer_see_its_checkpoints(inner: str) -> None:
     calls: list[str] = []
     optimizer = fastopt.Lookahead(INNER[inner](params()))
-    within = optimizer.optimizer
-    within.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
-    within.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
-    within.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
-    within.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    _watch_checkpoints(optimizer.optimizer, calls)
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["save pre", "save post", "load pre", "load post"]
 

@@ -5,6 +5,9 @@ the bases, it needs no constructor in the class itself::
 
     class RAdam(Fused, torch.optim.RAdam):
         rule = RAdamRule()
+
+(The eight classes of torch write torch's signature out once more for type checkers, with ``backend``: types can pass on
+the arguments of another function, but not add a keyword to them. tests/test_construction.py holds them to torch's.)
 """
 
 from __future__ import annotations

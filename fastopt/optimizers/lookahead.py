@@ -104,7 +104,7 @@ class Lookahead(SlowWeights, Optimizer):
         ``lookahead_k``, ``lookahead_alpha`` and ``lookahead_step`` to each group, where they may be edited.
 
     Raises:
-        TypeError: ``optimizer`` is not an optimizer, or is a Lookahead itself.
+        TypeError: ``optimizer`` is not an optimizer, or is a Lookahead itself, or a ZeroRedundancyOptimizer.
         ValueError: ``k < 1`` or ``alpha`` outside [0, 1].
 
     Example:
@@ -254,10 +254,11 @@ class Lookahead(SlowWeights, Optimizer):
 
     def _turn(self) -> Any:
         """A lock. One that another thread held when this process was forked off would never be let go of."""
-        process, own = getpid(), vars(self)
-        if own.get("_lock", (None,))[0] != process:
-            own["_lock"] = process, RLock()
-        return own["_lock"][1]
+        fresh = getpid(), RLock()
+        held: tuple[int, Any] = vars(self).setdefault("_lock", fresh)  # one for all threads, whoever comes first
+        if held[0] != fresh[0]:
+            self._lock = held = fresh
+        return held[1]
 
     def engine(self) -> Engine:
         """The engine that runs the inner rule with slow weights appended."""
