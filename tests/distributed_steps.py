@@ -1,8 +1,14 @@
-"""What the two processes of tests/test_distributed.py do: `python distributed_steps.py TASK RANK PORT FOLDER`."""
+"""What each process of a group does, two over gloo or, on a GPU, one over NCCL: `distributed_steps.py TASK FOLDER`.
+
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are as torchrun sets them, FASTOPT_TEST_DEVICE is "cpu" or "cuda"; `run`
+starts such a group.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -16,7 +22,8 @@ from torch import nn
 
 import fastopt
 
-WORLD = 2
+DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
+WORLD = int(os.environ.get("WORLD_SIZE", "2"))
 STEPS = 7
 RULES: dict[str, Callable[[Any, str | None], Any]] = {
     "sgd": lambda ps, b: fastopt.SGD(ps, lr=0.1, momentum=0.9, backend=b),
@@ -30,18 +37,54 @@ RULES: dict[str, Callable[[Any, str | None], Any]] = {
     "ranger": lambda ps, b: fastopt.Ranger(ps, lr=0.05, k=3, backend=b),
     "lookahead": lambda ps, b: fastopt.Lookahead(fastopt.Adam(ps, lr=0.01, backend=b), k=3),
 }
-BACKENDS = [name for name in ("native", "reference", "emulated") if fastopt.backends.available(name)]
+KERNELS = ("native", "reference", "emulated") if DEVICE == "cpu" else ("native", "triton")
+BACKENDS = [name for name in KERNELS if fastopt.backends.available(name, DEVICE)]
+
+
+def run(task: str, folder: Path, device: str = "cpu", world: int = 2) -> None:
+    """The task in a process for each rank; what one of them says is told when it fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # Loopback, for a machine may have no network.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "FASTOPT_TEST_DEVICE": device,
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, task, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment, "RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text
 
 
 def model() -> nn.Sequential:
     """Odd sizes: shards are uneven, and the last layer's bias leaves rank 1 with an empty one."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3), nn.Linear(3, 1))
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3), nn.Linear(3, 1)).to(DEVICE)
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(8, 5, generator=generator), torch.randn(8, 1, generator=generator)
+    return torch.randn(8, 5, generator=generator).to(DEVICE), torch.randn(8, 1, generator=generator).to(DEVICE)
 
 
 def train(net: nn.Module, optimizer: Any, steps: range) -> None:
@@ -54,6 +97,10 @@ def train(net: nn.Module, optimizer: Any, steps: range) -> None:
 
 def full(p: torch.Tensor) -> torch.Tensor:
     return p.full_tensor() if hasattr(p, "full_tensor") else p.detach()  # type: ignore[operator]
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device=DEVICE)
 
 
 def plain(make: Any, steps: int = STEPS) -> list[torch.Tensor]:
@@ -148,7 +195,7 @@ def placements(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(DEVICE, (WORLD,))
 
     def gradient(whole: torch.Tensor, placement: Any) -> torch.Tensor:
         if isinstance(placement, Partial):
@@ -159,12 +206,12 @@ def placements(folder: Path) -> None:
     for name, make in RULES.items():
         for backend in BACKENDS:
             for own, other in pairs:
-                p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [own]))
-                alike = nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Shard(0)]))
-                q, r = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5))
+                p = nn.Parameter(distribute_tensor(ones(4, 6), mesh, [own]))
+                alike = nn.Parameter(distribute_tensor(ones(5), mesh, [Shard(0)]))
+                q, r = nn.Parameter(ones(4, 6)), nn.Parameter(ones(5))
                 ours, theirs = make([p, alike], backend), make([q, r], None)
                 for step in range(STEPS):
-                    q.grad, r.grad = torch.linspace(-1, 1, 24).reshape(4, 6) + step, torch.ones(5)
+                    q.grad, r.grad = torch.linspace(-1, 1, 24, device=DEVICE).reshape(4, 6) + step, ones(5)
                     p.grad = given = gradient(q.grad, own if step == 3 else other)
                     alike.grad = gradient(r.grad, Shard(0))
                     ours.step()
@@ -173,14 +220,14 @@ def placements(folder: Path) -> None:
                 assert torch.equal(full(p), q), (name, backend, own, other)
                 assert torch.equal(full(alike), r), (name, backend)
     for backend in BACKENDS:
-        columns = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
-        columns.grad = distribute_tensor(torch.arange(24.0).reshape(4, 6), mesh, [Shard(1)])
+        columns = nn.Parameter(distribute_tensor(ones(4, 6), mesh, [Shard(1)]))
+        columns.grad = distribute_tensor(torch.arange(24.0, device=DEVICE).reshape(4, 6), mesh, [Shard(1)])
         with pytest.raises(ValueError, match="dimension 0"):  # the mean of half a row is not the row's
             fastopt.Ranger([columns], backend=backend).step()
         fastopt.Ranger([columns], use_gc=False, lr=1.0, backend=backend).step()
-        assert not torch.equal(full(columns), torch.ones(4, 6))
+        assert not torch.equal(full(columns), ones(4, 6))
         for cls in (torch.optim.Adam, fastopt.Adam):
-            whole = nn.Parameter(torch.ones(4, 6))
+            whole = nn.Parameter(ones(4, 6))
             whole.grad = columns.grad
             with pytest.raises(RuntimeError, match="DTensor"):
                 cls([whole]).step()
@@ -194,14 +241,14 @@ def freed(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(DEVICE, (WORLD,))
     for name in ("sgd", "adamw", "ranger"):
         for backend in BACKENDS:
-            p = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)]))
+            p = nn.Parameter(distribute_tensor(ones(6, 4), mesh, [Shard(0)]))
             optimizer = RULES[name]([p], backend)
             for _ in range(3):
                 # Not scattered: gloo's threads may hold what they sent a little longer.
-                p.grad = DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)])
+                p.grad = DTensor.from_local(ones(6 // WORLD, 4), mesh, [Shard(0)])
                 optimizer.step()
             state = optimizer.state[p]
             keys = [key for key, value in state.items() if value.dim()]
@@ -225,15 +272,15 @@ def sequence(folder: Path) -> None:
 
     def net() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8))
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)).to(DEVICE)
 
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(DEVICE, (WORLD,))
     plan = {
         "0": SequenceParallel(),
         "1": ColwiseParallel(input_layouts=Shard(1)),
         "3": RowwiseParallel(output_layouts=Replicate()),
     }
-    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     for name, of_torch in (("AdamW", torch.optim.AdamW), ("SGD", torch.optim.SGD), ("RMSprop", torch.optim.RMSprop)):
         both = [parallelize_module(net(), mesh, plan) for _ in range(2)]
         optimizers = [getattr(fastopt, name)(both[0].parameters(), lr=0.01), of_torch(both[1].parameters(), lr=0.01)]
@@ -254,12 +301,12 @@ def large(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh, n = init_device_mesh("cpu", (WORLD,)), 1 << 22
+    mesh, n = init_device_mesh(DEVICE, (WORLD,)), 1 << 22
     for name in ("sgd", "adamw"):
-        p, q = nn.Parameter(distribute_tensor(torch.ones(n), mesh, [Shard(0)])), nn.Parameter(torch.ones(n))
+        p, q = nn.Parameter(distribute_tensor(ones(n), mesh, [Shard(0)])), nn.Parameter(ones(n))
         ours, theirs = RULES[name]([p], None), RULES[name]([q], None)
         for step in range(3):
-            q.grad = torch.linspace(-1, 1, n) + step
+            q.grad = torch.linspace(-1, 1, n, device=DEVICE) + step
             p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
             ours.step()
             theirs.step()
@@ -320,10 +367,11 @@ def zero(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    task, rank, port, folder = sys.argv[1:]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    task, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(rank), world_size=WORLD)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     globals()[task](Path(folder))
     dist.barrier()
     dist.destroy_process_group()

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import functools
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from distributed_steps import run
 
 distributed = functools.partial(pytest.mark.contract, "distributed")
 pytestmark = [
     distributed(optimizers="all", backend="all"),
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
 ]
-SCRIPT = Path(__file__).with_name("distributed_steps.py")
-
-
-def run(task: str, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), task, str(rank), port, str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text
 
 
 @pytest.mark.parametrize(

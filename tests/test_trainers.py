@@ -1,14 +1,16 @@
-"""The real trainers on a CPU: Hugging Face's Trainer, Accelerate and Lightning, with clipping, schedules and resumes.
+"""The real trainers: Hugging Face's Trainer, Accelerate and Lightning, with clipping, schedules and resumes.
 
-They are large and not among the test dependencies: each test is skipped where its package is missing.
+On a CPU, or with FASTOPT_TEST_DEVICE=cuda on a GPU. They are large and not among the test dependencies: each test is
+skipped where its package is missing.
 `pip install accelerate lightning transformers` (with the installed torch named again) brings all three.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from harness import difference
 
 import fastopt
 
+DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
 Make = Callable[[Any], Any]
 OPTIMIZERS: dict[str, Make] = {
     "adamw": lambda ps: fastopt.AdamW(ps, lr=0.01),
@@ -43,14 +46,14 @@ def network() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
 
 
-def batches(count: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(device: str = "cpu") -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    xs = [torch.randn(4, 4, generator=generator) for _ in range(count)]
-    return [(x, x.sum(1, keepdim=True).sin()) for x in xs]
+    xs = [torch.randn(4, 4, generator=generator) for _ in range(8)]
+    return [(x.to(device), x.sum(1, keepdim=True).sin().to(device)) for x in xs]
 
 
 def parameters(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
+    return [p.detach().clone().cpu() for p in model.parameters()]
 
 
 def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
@@ -59,11 +62,11 @@ def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 def plainly(make: Make, clip: float, gamma: float = 1.0, repeat: int = 1) -> list[torch.Tensor]:
     """The training loop without any trainer."""
-    model = network()
+    model = network().to(DEVICE)
     optimizer = make(model.parameters())
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
     for _ in range(repeat):
-        for x, y in batches():
+        for x, y in batches(DEVICE):
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(x), y).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -79,7 +82,7 @@ def test_accelerate(name: str, tmp_path: pathlib.Path) -> None:
     make = OPTIMIZERS[name]
 
     def prepared() -> Any:
-        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator = accelerate.Accelerator(cpu=DEVICE == "cpu")
         model = network()
         optimizer = make(model.parameters())
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -97,15 +100,52 @@ def test_accelerate(name: str, tmp_path: pathlib.Path) -> None:
                 assert not optimizer.step_was_skipped
 
     parts = prepared()
-    train(parts, batches()[:4])
+    train(parts, batches(DEVICE)[:4])
     parts[0].save_state(str(tmp_path / "state"))
-    train(parts, batches()[4:])
+    train(parts, batches(DEVICE)[4:])
     whole = parameters(parts[1])
     assert_same(whole, plainly(make, 0.5, 0.9))
     again = prepared()
     again[0].load_state(str(tmp_path / "state"))
-    train(again, batches()[4:])
+    train(again, batches(DEVICE)[4:])
     assert_same(parameters(again[1]), whole)
+
+
+@pytest.fixture
+def accelerate_anew() -> Iterator[Any]:
+    """Accelerate keeps for the process the precision that it was first asked for."""
+    accelerate = package("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.contract("wrappers", "amp")
+@pytest.mark.skipif(DEVICE != "cuda", reason="Accelerate has fp16 on a GPU only")
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused"])
+def test_accelerate_in_fp16(name: str, accelerate_anew: Any) -> None:
+    """With a scale that overflows at first: steps are skipped, and said to be, until it has come down."""
+    scaling = accelerate_anew.utils.GradScalerKwargs(init_scale=2.0**30, backoff_factor=2.0**-6)
+    accelerator = accelerate_anew.Accelerator(mixed_precision="fp16", kwargs_handlers=[scaling])
+    model = network()
+    model, optimizer = accelerator.prepare(model, OPTIMIZERS[name](model.parameters()))
+    losses, overflows = [], 0
+    for x, y in batches(DEVICE) * 20:
+        scale, before = accelerator.scaler.get_scale(), parameters(model)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+        overflow = accelerator.scaler.get_scale() < scale
+        overflows += overflow
+        # A fused optimizer is called all the same and skips by itself, torch's too, which Accelerate takes for a step.
+        assert optimizer.step_was_skipped == (overflow and "fused" not in name)
+        assert overflow == all(torch.equal(p, q) for p, q in zip(parameters(model), before, strict=True))
+    assert 0 < overflows < 8
+    assert sum(losses[-8:]) < 0.6 * sum(losses[:8])
+    assert all(p.isfinite().all() for p in parameters(model))
 
 
 class Regressor(torch.nn.Module):
@@ -136,9 +176,9 @@ def test_hugging_face_trainer(how: str, tmp_path: pathlib.Path) -> None:
 
     def trainer(folder: str, steps: int) -> Any:
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=12, per_device_train_batch_size=4, seed=3,
-            weight_decay=0.01, max_grad_norm=0.5, save_steps=6, logging_steps=100, report_to=[], disable_tqdm=True,
-            lr_scheduler_type="linear",
+            output_dir=str(tmp_path / folder), use_cpu=DEVICE == "cpu", max_steps=12, per_device_train_batch_size=4,
+            seed=3, weight_decay=0.01, max_grad_norm=0.5, save_steps=6, logging_steps=100, report_to=[],
+            disable_tqdm=True, lr_scheduler_type="linear",
         )  # fmt: skip
         model = Regressor()
         kwargs: dict[str, Any] = {}
@@ -192,8 +232,9 @@ def test_lightning(name: str, tmp_path: pathlib.Path) -> None:
 
     def trainer(epochs: int) -> Any:
         return lightning.Trainer(
-            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, gradient_clip_val=0.5,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(tmp_path),
+            accelerator="cpu" if DEVICE == "cpu" else "gpu", devices=1, max_epochs=epochs, logger=False,
+            enable_checkpointing=False, gradient_clip_val=0.5, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=str(tmp_path),
         )  # fmt: skip
 
     loader = torch.utils.data.DataLoader(batches(), batch_size=None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, DTYPES, Case
 from gpu_presence import ABSENT, DEVICE, REQUIRED
-from harness import Built, Scenario, Snapshot, assert_same, snapshot, states_in_order, trace
+from harness import Built, Scenario, Snapshot, assert_same, difference, snapshot, states_in_order, trace
 from torch import Tensor
 
 import fastopt
@@ -109,3 +110,35 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = states_in_order(optimizer, len(params))
     return [t.detach() for p, s in zip(params, states, strict=True) for t in (p, *s.values()) if isinstance(t, Tensor)]
+
+
+def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert not (text := difference(a.detach().cpu(), b.detach().cpu())), f"tensor {i}: {text}"
+
+
+def rate(step: int) -> float:
+    """A schedule, in numbers that float32 holds exactly."""
+    return 2.0**-7 * (1 + (step % 4) / 4)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises inside."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own inside, after what was asked for before and before what is asked for afterwards."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from cases import Case, by_id
-from gpu_support import each_backend, needs_cuda, parametrize, ramp, tensors_of, wave
-from harness import difference
+from gpu_support import (
+    assert_equal,
+    each_backend,
+    needs_cuda,
+    no_waiting,
+    parametrize,
+    ramp,
+    rate,
+    side_stream,
+    tensors_of,
+    wave,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,38 +48,16 @@ def _lr(value: float = 1e-2) -> Tensor:
     return torch.tensor(value, device="cuda")
 
 
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises inside."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _assert_equal(got: list[Tensor], want: list[Tensor]) -> None:
-    assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert not (text := difference(a.cpu(), b.cpu())), f"tensor {i}: {text}"
-
-
 def _cpu_run(case: Case, steps: int) -> list[Tensor]:
     params = [ramp(n, device="cpu") for n in SIZES]
     optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], "reference")
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step)
+            group["lr"] = rate(step)
         for p in params:
             p.grad = wave(p.numel(), step, device="cpu")
         optimizer.step()
     return tensors_of(optimizer)
-
-
-def _rate(step: int) -> float:
-    """A schedule, in numbers that float32 holds exactly."""
-    return 2.0**-7 * (1 + (step % 4) / 4)
 
 
 @parametrize([*CAPTURABLE, *LOOKAHEAD])
@@ -80,12 +66,12 @@ def test_device_counters_give_the_same_numbers(case: Case, dtype: torch.dtype, b
     params, lr = [ramp(n) for n in SIZES], _lr()
     optimizer = _make(case, params, backend, lr)
     for step in range(30):
-        lr.fill_(_rate(step))
+        lr.fill_(rate(step))
         for p in params:
             p.grad = wave(p.numel(), step)
         optimizer.step()
     assert optimizer.state[params[0]]["step"].is_cuda
-    _assert_equal(tensors_of(optimizer), _cpu_run(case, 30))
+    assert_equal(tensors_of(optimizer), _cpu_run(case, 30))
 
 
 @pytest.mark.parametrize("warm_up", [1, 3])
@@ -106,17 +92,14 @@ def test_replay_is_the_eager_run(case: Case, dtype: torch.dtype, backend: str, w
             optimizer.step()
 
         def feed(step: int, inputs: Any = inputs, lr: Tensor = lr) -> None:
-            lr.fill_(_rate(step))
+            lr.fill_(rate(step))
             for x in inputs:
                 x.copy_(wave(x.numel(), step))
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with side_stream():
             for step in range(warm_up):
                 feed(step)
                 train()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         if captured:
             feed(warm_up)
@@ -127,7 +110,7 @@ def test_replay_is_the_eager_run(case: Case, dtype: torch.dtype, backend: str, w
             graph.replay() if captured else train()
         runs.append(tensors_of(optimizer))
         torch.cuda.synchronize()
-    _assert_equal(*runs)
+    assert_equal(*runs)
 
 
 @parametrize([*CAPTURABLE, *LOOKAHEAD, *by_id("ranger")])
@@ -142,7 +125,7 @@ def test_no_host_waits_and_nothing_is_allocated(case: Case, dtype: torch.dtype, 
         optimizer.step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    with _no_waiting():
+    with no_waiting():
         for _ in range(7):
             optimizer.step()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
@@ -159,7 +142,7 @@ def test_ordinary_steps_allocate_nothing_either(name: str, backend: str) -> None
         optimizer.step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    with _no_waiting():
+    with no_waiting():
         for _ in range(13):
             optimizer.step()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
@@ -178,7 +161,7 @@ def test_a_first_step_inside_a_capture_is_refused(backend: str) -> None:
     for _ in range(2):
         optimizer.step()
         fresh.step()
-    _assert_equal(tensors_of(optimizer), tensors_of(fresh))
+    assert_equal(tensors_of(optimizer), tensors_of(fresh))
 
 
 def _assert_not_captured(optimizer: Any, p: Tensor) -> Tensor:
@@ -248,4 +231,4 @@ def test_a_graph_outlives_steps_that_torchs_operators_take(backend: str) -> None
         del rubbish
         # What torch's operators do in between differs from the kernels in the last bits, and is the same in both runs.
         runs.append(tensors_of(optimizer))
-    _assert_equal(*runs)
+    assert_equal(*runs)

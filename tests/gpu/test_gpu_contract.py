@@ -14,8 +14,18 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, by_id
-from gpu_support import CPU, DEVICE, each_backend, needs_cuda, parametrize, ramp, tensors_of, wave
-from harness import difference
+from gpu_support import (
+    CPU,
+    DEVICE,
+    assert_equal,
+    each_backend,
+    needs_cuda,
+    no_waiting,
+    parametrize,
+    ramp,
+    tensors_of,
+    wave,
+)
 
 import fastopt
 from bench.gpu import is_copy, launches
@@ -27,12 +37,6 @@ FUSED = [
 SCALE = 2.0**10
 CHECKER_SECONDS = 60
 SIZES = (33, 1000, 5001)
-
-
-def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert not (text := difference(a.detach().cpu(), b.detach().cpu())), f"tensor {i}: {text}"
 
 
 @needs_cuda
@@ -209,11 +213,8 @@ def test_an_overflow_is_found_without_waiting(case: Case, dtype: torch.dtype, ba
     grads = [p.grad.clone() for p in params]
     optimizer.found_inf, optimizer.grad_scale = torch.ones((), device="cuda"), torch.tensor(SCALE, device="cuda")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_equal(tensors_of(optimizer), before)
     assert_equal([p.grad for p in params], grads)
 
