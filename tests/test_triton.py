@@ -290,12 +290,14 @@ class Event:
     """A CUDA event that stays pending until it is waited for."""
 
     log: list[str]
+    recorded: list[int]
 
     def __init__(self) -> None:
         self.pending = False
 
-    def record(self) -> None:
+    def record(self, stream: int) -> None:
         self.pending = True
+        Event.recorded.append(stream)
 
     def query(self) -> bool:
         return not self.pending
@@ -307,10 +309,13 @@ class Event:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Enough of CUDA for a channel: events that are never done by themselves, a capture that can be switched on."""
-    state = {"capturing": False}
-    Event.log = []
+    """Enough of CUDA for a channel: events that are never done by themselves, a capture that can be switched on, and
+    streams that are their own numbers."""
+    state = {"capturing": False, "stream": 1}
+    Event.log, Event.recorded = [], []
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["stream"])
+    monkeypatch.setattr(triton.tables, "stream_of", lambda device: state["stream"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     return state
 
@@ -346,7 +351,9 @@ def test_captured_blocks_are_never_written_again(cuda: dict[str, Any], monkeypat
     cuda["capturing"] = False
     for _ in range(10):
         sender.send(b"e" * 16)
-    assert [bytes(host[:16].tolist()) for host, _ in sender._kept] == [bytes([k] * 16) for k in range(Channel.SPARE)]
+    assert [bytes(slot.memory[:16].tolist()) for slot, _ in sender._kept] == [
+        bytes([k] * 16) for k in range(Channel.SPARE)
+    ]
     cuda["capturing"] = True
     sender.send(b"f" * 16)
 
@@ -357,17 +364,26 @@ def test_memory_is_lent_to_streams_that_it_was_not_allocated_on(
     """What is sent and what kernels write may be of different streams."""
     lent: list[torch.Tensor] = []
     monkeypatch.setattr(triton.tables, "lend", lambda *tensors: lent.extend(tensors))
-    stream = [1]
-    monkeypatch.setattr(triton.tables, "stream_of", lambda device: stream[0])
     memory = channel(monkeypatch)
     memory.send(b"1" * 16)
-    stream[0] = 2
+    cuda["stream"] = 2
     scratch = memory.scratch(64)
     assert not lent
-    stream[0] = 1
+    cuda["stream"] = 1
     memory.send(b"1" * 16)
     assert memory.scratch(64) is scratch
     assert lent == [scratch.bytes]
+
+
+def test_a_copy_is_waited_for_on_the_stream_that_it_was_made_on(
+    cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = channel(monkeypatch)
+    monkeypatch.setattr(triton.tables, "lend", lambda *tensors: None)
+    for stream in (1, 1, 2, 1, 2):
+        cuda["stream"] = stream
+        sender.send(b"a" * 16)
+    assert Event.recorded == [1, 1, 2, 1, 2]
 
 
 def test_tables_are_not_made_during_capture(cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +405,13 @@ def steps_without_kernels(monkeypatch: pytest.MonkeyPatch, count: int, **kwargs:
     """An Adam whose launches are recorded instead of run."""
     launched: list[Any] = []
     monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
-    monkeypatch.setattr(triton.plan.TritonPlan, "_start", lambda self, bucket, *rest: launched.append((bucket, *rest)))
+
+    def start(self: Any, *update: Any) -> list[Any]:
+        launched.append(update)
+        again = types.SimpleNamespace(start=lambda bound: launched.append(update))
+        return [(again, None)]
+
+    monkeypatch.setattr(triton.plan.TritonPlan, "_start", start)
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
     optimizer = fastopt.Adam(params, backend="triton", **kwargs)
     for p in params:
@@ -479,7 +501,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_tables_that_no_longer_fit_are_noticed(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
-    monkeypatch.setattr(triton.plan.TritonPlan, "_start", lambda *args: None)
+    monkeypatch.setattr(triton.plan.TritonPlan, "_start", lambda *args: [])
     params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16)) for _ in range(3)]
     optimizer = fastopt.Adam(params, backend="triton")
     for p in params:

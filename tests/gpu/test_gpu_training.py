@@ -144,3 +144,19 @@ def test_clipping_and_accumulation_wait_for_nothing(backend: str) -> None:
                     optimizer.zero_grad()
         runs.append(tensors_of(optimizer))
     assert_equal(*runs)
+
+
+def test_compare_trains_where_the_model_is() -> None:
+    """Its own seeds, copies and evaluations, of ours and torch's optimizers."""
+    data = batch(0)[0]
+
+    def loss(model: torch.nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        return result
+
+    result = fastopt.compare(
+        lambda: torch.nn.Linear(33, 1).to(DEVICE), loss, data.split(4),
+        optimizers=["Adam", "torch.Adam", "Ranger", "Lookahead(SGD, k=3)"], lrs=[1e-9, 1e-2], seeds=2, steps=30,
+        progress=False,
+    )  # fmt: skip
+    assert result.best.lr == 1e-2

@@ -5,10 +5,10 @@ Triton is imported by the first function that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -39,6 +39,10 @@ class Scaler:
 
     def __init__(self, amp: Amp, device: torch.device) -> None:
         self.scale, self.found_inf = _on(amp.scale, device), _on(amp.found_inf, device)
+
+    @property
+    def absent(self) -> bool:
+        return self.scale is None and self.found_inf is None
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
@@ -74,14 +78,16 @@ class Ready:
         self._options = {"num_warps": warps, **kernels.OPTIONS}
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
-    def start(self, programs: int, *arguments: Any) -> None:
-        """Arguments and constants are in the kernel's order."""
+    def bound(self, programs: int, *arguments: Any) -> Callable[[], Any]:
+        """What starts it with these arguments, which like the constants are in the kernel's order."""
         compiled = self.compiled(programs, *arguments)
+        if compiled is None:
+            return partial(self._kernel[programs, 1, 1], *arguments, *self._constants, **self._options)
+        return partial(compiled[programs, 1, 1], *arguments, *self._constants)
+
+    def start(self, bound: Callable[[], Any]) -> None:
         try:
-            if compiled is not None:
-                compiled[programs, 1, 1](*arguments, *self._constants)
-            else:
-                self._kernel[programs, 1, 1](*arguments, *self._constants, **self._options)
+            bound()
         except Exception as error:
             raise RuntimeError(f"{self._where}: {error}") from error
 
@@ -97,6 +103,9 @@ class Ready:
             self._compiled[absent] = found
         return found
 
+
+Start: TypeAlias = "tuple[Ready, Callable[[], Any]]"
+"""A kernel, and what starts it."""
 
 Update: TypeAlias = "tuple[Bucket, Chain, int, bool, Addressed, Addressed, Addressed, Scaler]"
 """A chain over a bucket: with the first slot of its states, whether all is aligned, where the gradients' addresses, the
@@ -190,16 +199,18 @@ class Launcher:
         if ready is None:
             constants = making.BLOCK, making.WORK
             ready = self._ready[device, kernel.fn] = Ready(making.NAME, device, kernel, constants, 1)
-        ready.start(
-            made.programs, sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf,
-            work_at // 8,
-        )  # fmt: skip
-        self.launches += 1
+        given = sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf, work_at // 8
+        self._start_all([(ready, ready.bound(made.programs, *given))])
 
-    def _start(self, *update: Unpack[Update]) -> None:
-        for ready, given in self._launches(*update):
-            ready.start(*given)
-            self.launches += 1
+    def _start(self, *update: Unpack[Update]) -> list[Start]:
+        starts = [(ready, ready.bound(*given)) for ready, given in self._launches(*update)]
+        self._start_all(starts)
+        return starts
+
+    def _start_all(self, starts: Sequence[Start]) -> None:
+        for ready, bound in starts:
+            ready.start(bound)
+        self.launches += len(starts)
 
     def _launches(
         self,

@@ -228,6 +228,26 @@ class Sent:
         return self.float64 if compute == torch.float64 else self.float32
 
 
+class Slot:
+    """Pinned memory for a block on its way, and an event after the copy: it is not written to again before.
+
+    The views that a copy goes from and to are kept: blocks of one length after the other are the rule.
+    """
+
+    def __init__(self, memory: Tensor, event: Any) -> None:
+        self.event = event
+        self.memory, self._address = memory, memory.data_ptr()
+        self._from = self._to = self._target = memory
+        self._length = -1
+
+    def copy(self, block: bytes, target: Tensor) -> None:
+        n = len(block)
+        if self._target is not target or self._length != n:
+            self._from, self._to, self._target, self._length = self.memory[:n], target[:n], target, n
+        ctypes.memmove(self._address, block, n)
+        self._to.copy_(self._from, non_blocking=True)
+
+
 class Channel:
     """Sends a block of bytes to a device, in stream order.
 
@@ -242,11 +262,12 @@ class Channel:
         self._cuda = device.type == "cuda"
         self._capacity = 0
         self._next = 0
-        self._ring: list[tuple[Tensor, Any]] = []
+        self._ring: list[Slot] = []
         self._spare: list[Tensor] = []
         self._kept: list[Any] = []
         self.capturing = False
         self._stream = 0
+        self._known: tuple[int, Any] = -1, None
         self.sent = Sent(torch.empty(0, dtype=torch.uint8, device="cpu"))
         self._scratch, self._scratch_stream = self.sent, 0
 
@@ -262,22 +283,27 @@ class Channel:
                     f"more than {self.SPARE} optimizer steps were captured in CUDA graphs since the last step outside "
                     "of one: run a step between the captures"
                 )
-            host = self._spare.pop()
-            self._kept.append((host, self.sent))
+            slot = Slot(self._spare.pop(), None)
+            self._kept.append((slot, self.sent))
         else:
             self._refill()
-            host, event = self._ring[self._next]
+            slot = self._ring[self._next]
             self._next = (self._next + 1) % len(self._ring)
-            if event is not None and not event.query():
-                event.synchronize()
-        if stream_of(self.device) != self._stream:
+            if slot.event is not None and not slot.event.query():
+                slot.event.synchronize()
+        stream = stream_of(self.device)
+        if stream != self._stream:
             lend(self.sent.bytes)
-        n = len(block)
-        ctypes.memmove(host.data_ptr(), block, n)
-        self.sent.bytes[:n].copy_(host[:n], non_blocking=True)
-        if not capturing and event is not None:
-            event.record()
+        slot.copy(block, self.sent.bytes)
+        if not capturing and slot.event is not None:
+            slot.event.record(self._current(stream))
         return self.sent
+
+    def _current(self, stream: int) -> Any:
+        """The current stream, whose number this is: to ask torch for it takes 8 µs."""
+        if stream != self._known[0]:
+            self._known = stream, torch.cuda.current_stream(self.device)
+        return self._known[1]
 
     def scratch(self, n: int) -> Sent:
         """Memory of n bytes that the kernels of the block sent last write and read among themselves."""
@@ -303,7 +329,7 @@ class Channel:
         self.sent = Sent(torch.empty(self._capacity, dtype=torch.uint8, device=self.device))
         self._stream = stream_of(self.device)
         event: Callable[[], Any] = torch.cuda.Event if self._cuda else lambda: None
-        self._ring = [(self._host(), event()) for _ in range(self.SLOTS)]
+        self._ring = [Slot(self._host(), event()) for _ in range(self.SLOTS)]
         self._spare = []
 
     def _refill(self) -> None:
