@@ -72,6 +72,7 @@ void Plan::clear() {
   const auto blobs = std::exchange(blobs_, {});
   const auto kept = std::exchange(kept_, {});
   const auto wrapped = std::exchange(wrapped_, {});
+  outlooks_.clear();
   // Releasing a reference may run arbitrary code that finds this plan again: take everything out first.
   const auto entries = std::exchange(entries_, {});
   const auto memo = std::exchange(memo_, {}), older = std::exchange(older_, {});
@@ -136,7 +137,7 @@ Verdict Plan::inspect(PyObject* groups, PyObject* state, PyObject* sync) {
     if (i >= static_cast<size_t>(PyList_GET_SIZE(groups))) return Verdict::rebuild;
     if (!check_group(groups_[i], PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)))) return Verdict::rebuild;
   }
-  for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False);
+  for (size_t i = 0; i < groups_.size(); ++i) foresee(groups_[i], asked(sync, i) != Py_False, outlooks_[i]);
   // The second time, all that Python can be asked for is known.
   for (int attempt = 0; attempt < 3; ++attempt) {
     if (ran != python_ran_ && !has_groups(groups)) return Verdict::rebuild;
@@ -175,7 +176,7 @@ bool Plan::find_all(PyObject* state, PyObject* sync) {
     const auto first = static_cast<size_t>(begin), last = static_cast<size_t>(end);
     if (!check_objects(first, last))
       intact = false;
-    else if (!examine(first, last, sync))
+    else if (!examine(first, last))
       settled = false;
   });
   if (!intact) return false;
@@ -195,7 +196,9 @@ bool Plan::find_all(PyObject* state, PyObject* sync) {
 // Tells the devices what rows follow those of the last step.
 bool Plan::renew_devices() {
   for (DevicePlan& device : devices_) device.begin_renewal();
-  for (Group& group : groups_) {
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    Group& group = groups_[i];
+    group.used = outlooks_[i].likely;
     if (!group.used) continue;
     group.taken = group.last_row;
     for (size_t k = 0; k < group.device_rows.size(); ++k)

@@ -110,31 +110,42 @@ class Plan {
     bool fresh : 1;    // no step was taken with the state it has
   };
   static_assert(sizeof(Entry) <= 64);
-  struct Group {
+  // What every step reads of a group begins it: where there are hundreds, each line of the cache counts.
+  struct alignas(64) Group {
     Ref dict;
     uint64_t version = 0;
-    std::vector<Ref> items;  // key, value, key, value ... as PyDict_Next yields them; ignored keys have no value
     Ref params;
     Ref setting;
-    Ref layout;
     size_t first = 0, count = 0;
+    bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
+    bool symbolic = false;   // hyper-parameters are tensors on a device: the same setting is another row every time
+    bool quick = false;      // rows can be made from row_setting here
+    bool moved = false;      // the learning rate in row_setting is the group's, and no longer its setting's
+    bool used = false;       // a parameter took that row in the last step
+    RowKey last_key{};
+    const Row* last_row = nullptr;
+    double carry = 0;                   // what that row carries over
+    const Row* taken = nullptr;         // by parameters in the last step; only compared
+    std::vector<uint32_t> device_rows;  // its number, by device; no_row: it has none there
+    std::vector<Ref> items;  // key, value, key, value ... as PyDict_Next yields them; ignored keys have no value
+    size_t lr_at = 0;        // where the learning rate is in items; 0: there is none
+    Ref layout;
+    int slots = 0;                  // how many states a parameter has
     bool counts_on_device = false;  // so its setting says; what counts is where the counters are
     Ref on_device;                  // what row_setting was read from, and holds the tensors it points to
     RowSetting row_setting;
-    bool quick = false;      // rows can be made from row_setting here
-    bool symbolic = false;   // hyper-parameters are tensors on a device: the same setting is another row every time
-    bool moved = false;      // the learning rate in row_setting is the group's, and no longer its setting's
-    int slots = 0;           // how many states a parameter has
-    size_t lr_at = 0;        // where the learning rate is in items; 0: there is none
-    bool immutable = false;  // every hyper-parameter is an immutable number: same identity means same value
-    RowKey last_key{};
-    const Row* last_row = nullptr;
-    const Row* taken = nullptr;         // by parameters in the last step; only compared
-    std::vector<uint32_t> device_rows;  // its number, by device; no_row: it has none there
-    double carry = 0;                   // what that row carries over
-    bool used = false;                  // a parameter took that row in the last step
-    bool likely = false;                // parameters may take it in this one
   };
+  // What the threads that look at a group's parameters read of it, in one line of the cache: it was written a moment
+  // ago, by one of them.
+  struct alignas(64) Outlook {
+    size_t begin = 0, end = 0;  // its parameters
+    PyObject* params = nullptr;
+    const Row* row = nullptr;    // that they may take in this step
+    const Row* taken = nullptr;  // that they took in the last one
+    double t = 0, carry = 0;     // what they then must find
+    bool likely = false, single = false, sync = false;
+  };
+  static_assert(sizeof(Outlook) == 64);
   struct State {
     PyObject* dict = nullptr;  // null: none that the kernels use
     uint64_t version = 0;
@@ -196,7 +207,7 @@ class Plan {
   DeviceSetting device_setting(Group& group, PyObject* sync);
   void add_counted(Entry& entry, const Found& found, const DeviceSetting& setting);
   void place_devices();
-  bool examine(size_t begin, size_t end, PyObject* sync);
+  bool examine(size_t begin, size_t end);
   void look(const Entry& entry, Found& found) const;
   bool check_grad(const Entry& entry, Found& found) const;
   bool fits_table(const Entry& entry, const Found& found) const;
@@ -207,8 +218,9 @@ class Plan {
   void prefetch_data(size_t k) const;
   const c10::TensorImpl* find_grad(const Entry& entry) const;
   void check_unscaling() const;
-  void foresee(Group& group, bool sync);
-  bool take_likely(const Entry& entry, Group& group, Found& found, bool sync);
+  void foresee(Group& group, bool sync, Outlook& ahead);
+  std::vector<Outlook>::const_iterator outlook_of(size_t entry) const;
+  bool take_likely(const Entry& entry, const Outlook& outlook, Found& found);
   bool renew_devices();
   bool decide(Group& group, PyObject* asked);
   void activate(Entry& entry, Group& group, Found& found, bool sync);
@@ -224,6 +236,7 @@ class Plan {
   Ref intern_;
   Ref settings_;  // dict: tuple of hyper-parameter values -> setting
   std::vector<Group> groups_;
+  std::vector<Outlook> outlooks_;  // by group
   std::vector<Entry> entries_;
   std::vector<Tracked> tracked_;
   uint64_t state_version_ = 0;

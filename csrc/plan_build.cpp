@@ -273,6 +273,7 @@ void Plan::fill(PyObject* groups, PyObject* state, PyObject* native, PyObject* r
       entry.rows = PyLong_AsLongLong(counts[k].get());
       if (entry.native) build_entry(entry, group, states, slot_keys);
     }
+    outlooks_.push_back({group.first, group.first + group.count, group.params.get()});
     groups_.push_back(std::move(group));
   }
 

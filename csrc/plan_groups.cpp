@@ -156,14 +156,11 @@ bool Plan::check_state(PyObject* state) {
 // Whether the lists still hold these parameters, and their states these tensors. A list has no version, so each is
 // compared.
 bool Plan::check_objects(size_t begin, size_t end) {
-  // Groups outside are left alone: there may be hundreds, each list a line of the cache.
-  auto group = std::partition_point(groups_.begin(), groups_.end(),
-                                    [&](const Group& other) { return other.first + other.count <= begin; });
-  for (; group != groups_.end() && group->first < end; ++group) {
-    PyObject* const* const objects = PySequence_Fast_ITEMS(group->params.get());
-    const size_t last = std::min(end, group->first + group->count);
-    for (size_t k = std::max(begin, group->first); k < last; ++k)
-      if (objects[k - group->first] != entries_[k].param.get()) return false;
+  for (auto group = outlook_of(begin); group != outlooks_.end() && group->begin < end; ++group) {
+    PyObject* const* const objects = PySequence_Fast_ITEMS(group->params);
+    const size_t last = std::min(end, group->end);
+    for (size_t k = std::max(begin, group->begin); k < last; ++k)
+      if (objects[k - group->begin] != entries_[k].param.get()) return false;
   }
   for (size_t k = begin; k < end; ++k) {
     if (k + states_ahead < end) prefetch_version(states_[k + states_ahead].dict);

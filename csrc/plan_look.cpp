@@ -1,7 +1,6 @@
 // How the Plan looks at a parameter in every step: what is known of it must still be so, and its gradient is new.
 // Neither a tensor nor a reference count is changed here, so several threads may look at once.
 #include <algorithm>
-#include <atomic>
 
 #include "plan.h"
 
@@ -44,45 +43,49 @@ bool Plan::check_strides(const Entry& entry) const {
 
 // Whether all that is to be decided of this parameter is decided: it takes part as it did in the last step, with the
 // row that was foreseen.
-bool Plan::take_likely(const Entry& entry, Group& group, Found& found, bool sync) {
+bool Plan::take_likely(const Entry& entry, const Outlook& outlook, Found& found) {
   if (!entry.native) return !found.active;
   const bool kernels_count = entry.counted && kernels_ != Devices::external;  // by rows of the plan's making
   if (!found.fits || kernels_count || found.active != (found.grad != nullptr)) return false;
-  if (!found.grad) return !(sync && entry.has_state);
+  if (!found.grad) return !(outlook.sync && entry.has_state);
   if (entry.counted) {
     devices_[entry.device].renew(entry.number, present_at(found.data));
     return true;
   }
-  const RowKey& key = group.last_key;
   const bool single = entry.counter_count < 2 || tensors(entry)[counters_at(entry) + 1].kind == CounterKind::f32;
-  if (!group.likely || !found.flat || found.t != key.t || found.carry != key.carry || single != key.single)
+  if (!outlook.likely || !found.flat || found.t != outlook.t || found.carry != outlook.carry ||
+      single != outlook.single)
     return false;
   if (entry.device >= 0) {
-    if (found.row != group.taken) return false;
+    if (found.row != outlook.taken) return false;
     devices_[entry.device].renew(entry.number, found.data);
   }
-  found.row = group.last_row;
-  if (std::atomic_ref used(group.used); !used.load(std::memory_order_relaxed))
-    used.store(true, std::memory_order_relaxed);
+  found.row = outlook.row;
   return true;
 }
 
 // A tensor is spread over half a dozen cache lines that nothing else keeps warm. Their addresses are known from the
 // last step, except a gradient's, so each is asked for some entries ahead of its use.
-bool Plan::examine(size_t begin, size_t end, PyObject* sync) {
+bool Plan::examine(size_t begin, size_t end) {
   bool settled = true;
-  size_t at = 0;
+  auto outlook = outlook_of(begin);
   for (size_t k = begin; k < std::min(begin + far, end); ++k) prefetch(entries_[k]);
   for (size_t k = begin; k < std::min(begin + near, end); ++k) found_[k].grad = find_grad(entries_[k]);
   for (size_t k = begin; k < end; ++k) {
     if (k + far < end) prefetch(entries_[k + far]);
     if (k + near < end) found_[k + near].grad = find_grad(entries_[k + near]);
     if (k + nearer < end && found_[k + nearer].grad) prefetch_storage(storage_of(found_[k + nearer].grad));
-    while (k >= groups_[at].first + groups_[at].count) ++at;
+    while (k >= outlook->end) ++outlook;
     look(entries_[k], found_[k]);
-    settled = take_likely(entries_[k], groups_[at], found_[k], asked(sync, at) != Py_False) && settled;
+    settled = take_likely(entries_[k], *outlook, found_[k]) && settled;
   }
   return settled;
+}
+
+// Of the group of an entry. The groups before are left alone: there may be hundreds, each a line of the cache.
+std::vector<Plan::Outlook>::const_iterator Plan::outlook_of(size_t entry) const {
+  return std::partition_point(outlooks_.begin(), outlooks_.end(),
+                              [&](const Outlook& other) { return other.end <= entry; });
 }
 
 void Plan::look(const Entry& entry, Found& found) const {

@@ -133,15 +133,20 @@ const Row* Plan::row_for(Group& group, RowKey key) {
 
 // Makes the row that the parameters of a group will want if they go on as in the last step. Then they can take it while
 // they are examined, on whatever thread, and nobody has to look at them again.
-void Plan::foresee(Group& group, bool sync) {
-  group.likely = std::exchange(group.used, false) && group.last_key.stepped;
-  if (!group.likely) return;
+void Plan::foresee(Group& group, bool sync, Outlook& ahead) {
+  ahead.sync = sync;
+  ahead.likely = std::exchange(group.used, false) && group.last_key.stepped;
+  if (!ahead.likely) return;
   RowKey key = group.last_key;
   key.setting = group.setting.get();
   key.t = counter_keys_.empty() ? 2 : key.t + 1;
   key.carry = group.carry;
   key.sync = sync;
-  row_for(group, key);
+  ahead.taken = group.taken;
+  ahead.row = row_for(group, key);
+  ahead.t = key.t;
+  ahead.carry = key.carry;
+  ahead.single = key.single;
 }
 
 }  // namespace fastopt
