@@ -20,7 +20,7 @@ from bench.race import Runner, Turn
 # How long the device is kept busy before the first event, so that the host is ahead of it and no launch is part of the
 # time: at first about two milliseconds; for a runner whose host takes longer, as long as that took in its last turn.
 # Not more than the most: a host that waits for the device by itself would ask for longer every time.
-HEAD_START, MOST = 2e-3, 10e-3
+HEAD_START, MOST = 2e-3, 40e-3
 REST = 30e-3  # threads that OpenMP keeps have stopped waiting actively by then
 CYCLES = 2_000_000_000  # of a second, or fewer
 _head_starts: WeakKeyDictionary[Runner, float] = WeakKeyDictionary()
