@@ -452,6 +452,54 @@ def test_tables_stay_as_long_as_nothing_moves(monkeypatch: pytest.MonkeyPatch) -
     assert launched[-1][0].table[0, 0] == p.data_ptr()
 
 
+@pytest.mark.skipif(bool(COMPILED), reason=COMPILED)
+def test_a_step_like_the_last_is_started_as_that_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only addresses and coefficients are new then; whatever else differs is found out anew."""
+    optimizer, launched = steps_without_kernels(monkeypatch, 3)
+    found: list[int] = []
+    run = triton.compiled.CompiledPlan._run_taken
+    monkeypatch.setattr(
+        triton.compiled.CompiledPlan, "_run_taken", lambda self, *given: [found.append(1), run(self, *given)]
+    )
+    (group,) = optimizer.param_groups
+    p, q, r = group["params"]
+
+    def anew(**attributes: Any) -> bool:
+        """Whether a step with these attributes of the optimizer was found out anew; it tells its kernel what holds."""
+        found.clear()
+        vars(optimizer).update(attributes)
+        optimizer.step()
+        for name in attributes:
+            delattr(optimizer, name)
+        _, _, _, _, grads, rows, coefficients, _ = launched[-1]
+        assert grads.tensor[grads.at : grads.at + 3].tolist() == [
+            0 if t.grad is None else t.grad.data_ptr() for t in (p, q, r)
+        ]
+        at = coefficients.at + 8 * rows.tensor[rows.at + 1]
+        step = optimizer.state[q]["step"].item()
+        assert coefficients.tensor[at + 7] == torch.tensor(group["lr"] / (1 - 0.9**step))
+        return bool(found)
+
+    assert not anew()
+    q.grad = torch.ones(3)
+    group["lr"] = 0.25
+    assert not anew()
+    kept, p.grad = p.grad, None
+    assert anew()
+    assert not anew()
+    p.grad = kept
+    assert anew()
+    assert not anew()
+    flat = torch.zeros(8)
+    for offset, expected in ((1, True), (1, True), (0, False), (4, False)):
+        q.grad = flat[offset : offset + 3]
+        assert anew() == expected
+    assert anew(grad_scale=torch.ones(()), found_inf=torch.zeros(()))
+    assert not anew()
+    r.data = torch.zeros(3)
+    assert anew()
+
+
 def test_equal_settings_share_a_row_across_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, launched = steps_without_kernels(monkeypatch, 1)
     for k in range(40):
