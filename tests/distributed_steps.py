@@ -143,27 +143,39 @@ def fsdp(folder: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """Saved half-way by the distributed checkpoint, loaded into a fresh model and optimizer: the same bits."""
+    """Saved half-way by the distributed checkpoint, nested or flat (as torchtitan does), loaded into a fresh model and
+    optimizer: the same bits."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
     for name, make in RULES.items():
-        net = sharded()
-        optimizer = make(net.parameters(), None)
-        train(net, optimizer, range(3))
-        model_state, optimizer_state = get_state_dict(net, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder / name))
-        train(net, optimizer, range(3, STEPS))
+        for way, options in {
+            "": StateDictOptions(),
+            "-flat": StateDictOptions(flatten_optimizer_state_dict=True),
+        }.items():
+            net = sharded()
+            optimizer = make(net.parameters(), None)
+            train(net, optimizer, range(3))
+            model_state, optimizer_state = get_state_dict(net, optimizer, options=options)
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.save(state, checkpoint_id=str(folder / f"{name}{way}"))
+            train(net, optimizer, range(3, STEPS))
 
-        again = sharded()
-        other = make(again.parameters(), None)
-        model_state, optimizer_state = get_state_dict(again, other)
-        loaded = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(loaded, checkpoint_id=str(folder / name))
-        set_state_dict(again, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-        train(again, other, range(3, STEPS))
-        for p, q in zip(net.parameters(), again.parameters(), strict=True):
-            assert torch.equal(full(p), full(q)), name
+            again = sharded()
+            other = make(again.parameters(), None)
+            model_state, optimizer_state = get_state_dict(again, other, options=options)
+            loaded = {"model": model_state, "optimizer": optimizer_state}
+            dcp.load(loaded, checkpoint_id=str(folder / f"{name}{way}"))
+            set_state_dict(
+                again,
+                other,
+                model_state_dict=loaded["model"],
+                optim_state_dict=loaded["optimizer"],
+                options=options,
+            )
+            train(again, other, range(3, STEPS))
+            for p, q in zip(net.parameters(), again.parameters(), strict=True):
+                assert torch.equal(full(p), full(q)), (name, way)
 
 
 def reshard(folder: Path) -> None:
