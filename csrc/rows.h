@@ -1,4 +1,4 @@
-// Coefficient rows in C++: the twin of `Setting.at` in fastopt/rule.py and of the rules' `coefficients`.
+// Coefficient rows in C++: the twin of `Setting.at` in fastopt/setting.py and of the rules' `coefficients`.
 //
 // The compiled plan makes its rows with it, for Python is slow to ask in a step. And a counter in device memory must
 // not be waited for, so a kernel that runs before the others makes each tensor's row there, in double, one thread per

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastopt.optimizers.lookahead import ALPHA, SLOW, STEP, K
-from fastopt.rule import Rule, Setting, Settings
+from fastopt.rule import Rule
+from fastopt.setting import Setting, Settings
 
 Group = dict[str, Any]
 States = dict[str, Any]

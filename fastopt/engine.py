@@ -22,7 +22,8 @@ from fastopt import backends, routing
 from fastopt.backends import native, reference, triton
 from fastopt.backends.amp import NONE, Amp
 from fastopt.plan import PythonPlan, check_state, mended_counters, missing_state
-from fastopt.rule import PULL, Rule, Setting, Settings
+from fastopt.rule import Rule
+from fastopt.setting import PULL, Setting, Settings
 
 TorchStep = Callable[[Optimizer], object]
 Due: TypeAlias = "bool | tuple[Tensor, int]"

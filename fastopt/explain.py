@@ -15,7 +15,7 @@ from fastopt.engine import Engine, Route
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.lookahead import Lookahead
 from fastopt.report import table
-from fastopt.rule import Setting
+from fastopt.setting import Setting
 
 _HIDDEN = ("params", "param_names", "foreach", "capturable", "differentiable", "fused")
 

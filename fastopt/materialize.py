@@ -10,7 +10,7 @@ from fastopt import memory
 from fastopt.optimizers.base import Fused
 from fastopt.optimizers.lookahead import SLOW, Lookahead
 from fastopt.plan import check_state, missing_state
-from fastopt.rule import Settings
+from fastopt.setting import Settings
 
 
 def materialize_state(optimizer: Optimizer) -> None:

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from fastopt import routing
 from fastopt.backends import reference
 from fastopt.backends.amp import NONE, Amp
-from fastopt.rule import Counts, Flags, Groups, Row, Setting, State, to_single
+from fastopt.rule import to_single
+from fastopt.setting import Counts, Flags, Groups, Row, Setting, State
 
 SettingOf = Callable[[Mapping[str, Any]], Setting]
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fastopt.rule import Setting
+from fastopt.setting import Setting
 
 RELEASED = "its storage was released"
 MOST_DIMS = 8

@@ -13,9 +13,8 @@ from cases import Case
 from test_device_steps import counted
 from test_rows import STEPS, carries, has_carry
 
-from fastopt import rule as rules
 from fastopt.backends import triton
-from fastopt.rule import Row, Setting
+from fastopt.setting import PULL, Row, Setting
 
 ROOTS = ("sqrt_bc2", "rect")
 """Coefficients that end in a root. A device has the correctly rounded one; libm's pow(x, 0.5) is an ulp off at most."""
@@ -119,7 +118,7 @@ class Counted:
         pulls = self.setting.rule.slow is not None and not self.setting.rule.period(self.setting.h) and self.asked
         assert (found[0] is not None) == pulls
         if found[0] is not None:
-            assert found[0] == Taken(rules.PULL.name, list(self.setting.at(None, 0.0, True, True).coefficients))
+            assert found[0] == Taken(PULL.name, list(self.setting.at(None, 0.0, True, True).coefficients))
         for t, carry, taken, p in zip(STEPS, self.before[1:], found[1:], self.params[1:], strict=True):
             want = self.setting.at(float(t), carry, True, self.asked)
             rows = shaken(self.setting, t, carry, self.asked, reach)

@@ -21,7 +21,6 @@ from cases import DTYPES, Case, by_id, one_for_each_kernel
 from harness import Built, Scenario, Snapshot, Spec, assert_same, difference, place, signature_has, snapshot, trace
 
 import fastopt
-from fastopt import rule
 from fastopt.backends import native, triton
 from fastopt.chain import Stage, stage, tl
 from fastopt.optimizers.base import Fused
@@ -298,7 +297,7 @@ def test_what_is_written_is_known_to_autograd() -> None:
 
 @pytest.mark.contract("device", backend="triton")
 def test_a_learning_rate_that_comes_to_be_a_tensor_is_read_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule, "stays", lambda tensor, group: True)
+    monkeypatch.setattr("fastopt.setting.stays", lambda tensor, group: True)
     p, lr = torch.nn.Parameter(torch.zeros(4)), torch.tensor(1.0)
     optimizer = fastopt.SGD([p], lr=1.0, fused=True, backend="triton")
     p.grad = torch.ones(4)

@@ -16,7 +16,6 @@ from test_numbers import GROUPS, INTERMITTENT, SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from fastopt import rule
 from fastopt.plan import mended_counters
 
 pytestmark = pytest.mark.contract("device")
@@ -84,7 +83,7 @@ def test_a_learning_rate_tensor_is_read_by_the_kernel(
     case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its value when the step runs counts, not when it was built: that is what a replayed graph needs."""
-    monkeypatch.setattr(rule, "stays", lambda tensor, group: True)
+    monkeypatch.setattr("fastopt.setting.stays", lambda tensor, group: True)
     ps, qs = ([torch.nn.Parameter(torch.linspace(-1, 1, 33))] for _ in range(2))
     lr = torch.tensor(0.1)
     symbolic, plain = case.make(ps, backend, lr=lr, **counted(case)), case.make(qs, "native", lr=0.0)
@@ -102,7 +101,7 @@ def test_a_learning_rate_tensor_is_read_by_the_kernel(
 @pytest.mark.parametrize("late", [False, True], ids=["from the beginning", "later"])
 def test_a_rule_that_counts_nothing_reads_it_too(backend: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No row is made on the device for it, and none may be remembered: the same tensor is another number every time."""
-    monkeypatch.setattr(rule, "stays", lambda tensor, group: True)
+    monkeypatch.setattr("fastopt.setting.stays", lambda tensor, group: True)
     p, lr = torch.nn.Parameter(torch.zeros(4)), torch.tensor(1.0)
     optimizer = fastopt.SGD([p], lr=1.0 if late else lr, fused=True, backend=backend)
     p.grad = torch.ones(4)

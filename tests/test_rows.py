@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fastopt
-from fastopt import rule as rules
 from fastopt.chain import Chain
 from fastopt.optimizers.sgd import SGDRule
-from fastopt.rule import ROW_RULES, OnDevice, Setting, Settings, select, to_single
+from fastopt.rule import ROW_RULES, select, to_single
+from fastopt.setting import MOST_WRITTEN, OnDevice, Setting, Settings, stays
 
 CSRC = pathlib.Path(fastopt.__file__).resolve().parents[1] / "csrc"
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 30, 100, 1000, 250_000, 2**24)
@@ -218,7 +218,7 @@ def test_a_rule_without_a_compiled_row_says_so() -> None:
 @pytest.fixture
 def _symbolic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treats CPU tensors as if they lived on a device."""
-    monkeypatch.setattr(rules, "stays", lambda tensor, group: True)
+    monkeypatch.setattr("fastopt.setting.stays", lambda tensor, group: True)
 
 
 def on_tensors(case: Case) -> tuple[Settings, dict[str, Any], list[Tensor]]:
@@ -260,8 +260,8 @@ def test_only_tensors_on_a_device_in_groups_that_step_there_stay() -> None:
         assert settings.of({**group, **flags, "lr": on_device}).symbolic
         assert settings.of({**group, **flags, "betas": (on_device, double)}).symbolic
         assert not settings.of({**group, **flags, "lr": torch.tensor(0.5)}).symbolic
-        assert not rules.stays(half, flags)
-    assert not rules.stays(on_device, {"capturable": False, "fused": None})
+        assert not stays(half, flags)
+    assert not stays(on_device, {"capturable": False, "fused": None})
 
 
 Numbers = dict[str, Any]
@@ -401,6 +401,6 @@ def test_formulas_can_do_what_numbers_do() -> None:
 def test_what_a_rule_decides_anew_for_every_number_is_forgotten() -> None:
     _, group = settings_of(by_id("sgd")[0])
     settings = Settings(Odd(), Index())
-    for k in range(3 * rules.MOST_WRITTEN):
+    for k in range(3 * MOST_WRITTEN):
         settings.of({**group, "lr": 0.5 + k}).formulas(True, False)
-    assert sum(map(len, settings._written.values())) <= rules.MOST_WRITTEN
+    assert sum(map(len, settings._written.values())) <= MOST_WRITTEN

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import fastopt
 from fastopt.plan import missing_state
-from fastopt.rule import Settings
+from fastopt.setting import Settings
 
 pytestmark = pytest.mark.contract("state")
 

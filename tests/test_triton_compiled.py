@@ -31,7 +31,7 @@ from fastopt import routing
 from fastopt.backends import native, reference, triton
 from fastopt.backends.amp import NONE, Amp
 from fastopt.chain import Chain
-from fastopt.rule import PULL
+from fastopt.setting import PULL
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),

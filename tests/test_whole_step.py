@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 import fastopt
 from fastopt.optimizers.adam import AdamRule
-from fastopt.rule import Hyper, Number, Settings
+from fastopt.rule import Hyper, Number
+from fastopt.setting import Settings
 
 SIZES = (33, 1, 0, 64, 5)
 

@@ -12,7 +12,7 @@ from cases import CASES, Case
 
 from fastopt import stages
 from fastopt.chain import Chain, Stage
-from fastopt.rule import PULL
+from fastopt.setting import PULL
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastopt.backends.amp import Amp
 from fastopt.chain import Chain
-from fastopt.rule import PULL, Setting
+from fastopt.setting import PULL, Setting
 
 Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
 """Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""

@@ -31,7 +31,8 @@ from fastopt.engine import Engine
 from fastopt.optimizers.slow import OF_LOOKAHEAD
 from fastopt.plan import create_counter
 from fastopt.routing import active_modes
-from fastopt.rule import FLAGS, Rule, Settings
+from fastopt.rule import FLAGS, Rule
+from fastopt.setting import Settings
 
 if TYPE_CHECKING:
     _Base = Optimizer

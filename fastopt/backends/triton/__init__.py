@@ -23,7 +23,7 @@ import torch
 
 from fastopt.backends import native
 from fastopt.backends.triton import compiled, plan
-from fastopt.rule import Setting
+from fastopt.setting import Setting
 
 OLDEST = (3, 6)
 

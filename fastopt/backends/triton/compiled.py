@@ -28,7 +28,7 @@ from fastopt.backends.triton.plan import TritonPlan
 from fastopt.backends.triton.rows import Job, Part
 from fastopt.backends.triton.tables import Bucket, Sent, Tile
 from fastopt.chain import Chain
-from fastopt.rule import Counts, Flags, Groups, Setting, State, chain_named
+from fastopt.setting import Counts, Flags, Groups, Setting, State, chain_named
 
 Taken: TypeAlias = "tuple[int, int, bytes, bytes, bytes]"
 """What happens to tensors that take the same chain: its index, the first slot of its states, for each tensor of the

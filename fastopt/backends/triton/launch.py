@@ -20,7 +20,7 @@ from fastopt.backends.triton import rows as making
 from fastopt.backends.triton.rows import Job, Made, Rows
 from fastopt.backends.triton.tables import Bucket, Channel, Sent
 from fastopt.chain import Chain
-from fastopt.rule import PULL
+from fastopt.setting import PULL
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -28,7 +28,8 @@ from fastopt.backends.triton.launch import Addressed, Block, Launcher, Scaler, c
 from fastopt.backends.triton.rows import Due, Job, Part
 from fastopt.backends.triton.tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
-from fastopt.rule import FLAGS, Counts, Flags, Groups, Row, Setting, State
+from fastopt.rule import FLAGS
+from fastopt.setting import Counts, Flags, Groups, Row, Setting, State
 
 _COUNTERS: dict[torch.dtype, Any] = {
     torch.float32: ctypes.c_float,

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastopt.backends.triton import kernels
 from fastopt.backends.triton.tables import Bucket, Entry
 from fastopt.chain import Chain, bind, tl
-from fastopt.rule import DUE, PULL, Formulas, Path, Setting
+from fastopt.setting import DUE, PULL, Formulas, Path, Setting
 
 BLOCK = 32
 """Parameters of a program: one warp, so that the few there are spread over the device."""
