@@ -121,9 +121,15 @@ def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     optimizer = fastopt.Adam([p])
     optimizer.step()
     assert "reference" in str(fastopt.explain(optimizer))
+    made = fastopt.Adam([p])
     monkeypatch.setenv("FASTOPT_BACKEND", "vulkan")
-    with pytest.raises(ValueError, match="vulkan"):
-        fastopt.Adam([p]).step()
+    for use in (lambda: fastopt.Adam([p]), made.step):
+        with pytest.raises(ValueError, match="FASTOPT_BACKEND='vulkan': accepted are"):
+            use()
+    monkeypatch.setitem(fastopt.backends._WHY_NOT, "reference", lambda device: "of a test")
+    monkeypatch.setenv("FASTOPT_BACKEND", "reference")
+    with pytest.raises(fastopt.backends.BackendError, match="FASTOPT_BACKEND='reference' was asked for, but of a test"):
+        fastopt.Adam([p])
 
 
 def test_named_parameters() -> None:

@@ -163,8 +163,9 @@ class Fused(_Base):
             cls.__signature__ = _with_backend(_without_self(cls.torch_class.__init__))
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
-        if backend is not None and (reason := backends.unusable(backends.checked(backend, otherwise=backends.OR_NONE))):
-            raise backends.BackendError(f"backend={backend!r} was asked for, but {reason}")
+        if (asked := backends.wish(backend)) and (reason := backends.unusable(asked)):
+            source = "FASTOPT_BACKEND" if backend is None else "backend"
+            raise backends.BackendError(f"{source}={asked!r} was asked for, but {reason}")
         self._backend = backend
         hide()
         super().__init__(*args, **kwargs)
