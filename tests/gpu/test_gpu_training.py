@@ -49,7 +49,8 @@ def backward(net: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.skipif(not HAS_LIBRARY, reason=f"this torch has no {LIBRARY}")
 @pytest.mark.parametrize("tasks", [("fsdp",), ("ddp",), ("resume", "reshard"), ("slow",)], ids="-".join)
 def test_a_group_of_one(tasks: tuple[str, ...], tmp_path: Path) -> None:
-    """The tasks of tests/test_distributed.py, on this device: bit for bit what training without a group gives."""
+    """The tasks of tests/test_distributed.py, on this device: bit for bit what training without a group gives, the
+    evaluation on slow weights up to rounding."""
     for task in tasks:
         distributed_steps.run(task, tmp_path, DEVICE, world=1)
 
