@@ -32,7 +32,8 @@ class Workload:
     sizes at which allocation would be most of the run), "shared" hands all contenders the same memory behind new tensor
     objects (for sizes at which the copies would not fit, and only to those that leave gradients as they are: optimi
     does not). `misaligned` tensors begin one element after a multiple of 16
-    bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate.
+    bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate. `sharded`: parameters and
+    gradients are DTensors, as FSDP2 makes them, in a group of one process.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -43,6 +44,7 @@ class Workload:
     dtype: torch.dtype = torch.float32
     misaligned: bool = False
     scheduled: bool = False
+    sharded: bool = False
 
     @property
     def numel(self) -> int:
@@ -194,6 +196,15 @@ def _misaligned() -> Case:
     return _structure("misaligned 1000x50,000", size, replace(MEDIUM, misaligned=True), aligned)
 
 
+def _sharded(size: str, workload: Workload) -> Case:
+    """As fully_shard leaves parameters and gradients."""
+    plain = Yardstick("fastopt, plain tensors", workload=workload)
+    sharded = replace(workload, sharded=True)
+    return Case(
+        f"sharded adamw {size}", "sharded", size, sharded, "fast", RULES["AdamW"], yardstick=plain, seconds=5, warm_up=2
+    )
+
+
 def _noise(size: str, workload: Workload, seconds: float) -> Case:
     return Case(f"noise {size}", "noise", size, workload, "same", seconds=seconds, sittings=2)
 
@@ -277,6 +288,8 @@ CASES: tuple[Case, ...] = (
     _half_absent(),
     _scheduled(),
     _misaligned(),
+    _sharded("1000x64", TINY),
+    _sharded("300x10,000", Workload(tensors(300, 10_000))),
     Case("many 10,000x64", "models", "10,000x64", MANY, "fused", RULES["AdamW"], seconds=5),
     Case("large 20x5,000,000", "models", "20x5,000,000", LARGE, "fused", RULES["AdamW"], seconds=5, least_rounds=6),
     _model("ResNet-50"),

@@ -143,7 +143,7 @@ def measure_case(case: Case, share: float = 1.0, ceilings: Ceilings | None = Non
         subject = runners[field.subject]
         for rival in field.rivals:
             agreements.setdefault(rival, []).append(
-                agreement(subject.parameters, runners[rival].parameters, subject.tensors.initial, raced.steps)
+                agreement(subject.values, runners[rival].values, subject.tensors.initial, raced.steps)
             )
         del runners, seated, subject
         gc.collect()

@@ -356,6 +356,7 @@ _BLOCKS: dict[str, tuple[Callable[[Results], str], ...]] = {
     "cpu": (_adam, _rules),
     "structure": (
         _compared("Many groups, absent gradients, changing rates, misaligned tensors: Adam, fp32", "structure"),
+        _compared("Parameters that are DTensors, as FSDP2 makes them, in a group of one: AdamW, fp32", "sharded"),
     ),
     "models": (_compared("Parameter lists of real models, and of extremes: AdamW, fp32", "models"),),
     "mixes": (_mixes,),

@@ -164,7 +164,7 @@ class Field:
     def parameters(self, label: str) -> list[Tensor]:
         runner = self.runners[label]
         assert isinstance(runner, OptimizerRunner)
-        return list(runner.parameters)
+        return runner.values
 
 
 def check_context(error: Exception) -> None:

@@ -90,6 +90,12 @@ def _counted(count: int, numel: int) -> GpuCase:
     return _small(count, numel, kind=replace(adam, hyper={**adam.hyper, "fused": True}), **changes)
 
 
+def _sharded(count: int, numel: int) -> GpuCase:
+    workload = replace(_workload(count, numel, "fp32"), sharded=True)
+    changes = {"name": f"sharded adamw {count:,}x{numel:,}", "table": "gpu sharded", "kind": RULES["AdamW"]}
+    return _small(count, numel, workload=workload, seconds=4.0, least_rounds=12, **changes)
+
+
 def _misaligned(mix: str) -> GpuCase:
     workload = replace(_workload(200, 1_000_000, mix), misaligned=True)
     return _device("misaligned", "Adam", 200, 1_000_000, mix, workload=workload, goals=(Goal("speedup", "≥", 1),))
@@ -202,6 +208,7 @@ GPU_CASES: tuple[GpuCase, ...] = (
     _rested(10_000, 64),
     _counted(1000, 1000),
     _counted(10, 1000),
+    _sharded(300, 10_000),
     _rule("Adam", MIXED),
     _model("ResNet-50"),
     _model("GPT-2"),

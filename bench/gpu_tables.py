@@ -141,6 +141,20 @@ def _counted(results: Results) -> str:
     )
 
 
+def _sharded(results: Results) -> str:
+    return table(
+        "The same of AdamW, whose parameters are DTensors, as FSDP2 makes them, in a group of one",
+        [
+            {
+                **_waited(line),
+                "until step() returns": time_of(line.get(line.subject, "host_us")),
+                "rival's": time_of(line.get(line.rival or "", "host_us")),
+            }
+            for line in _lines(results, "gpu sharded")
+        ],
+    )
+
+
 def _waited(line: Line) -> dict[str, str]:
     return {
         "tensors": line.case.size,
@@ -307,6 +321,7 @@ ALL: tuple[Part, ...] = (
     _small,
     _rested,
     _counted,
+    _sharded,
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),

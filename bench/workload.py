@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +34,10 @@ class Tensors:
         ]
 
     def parameters(self) -> list[Parameter]:
-        return [Parameter(self._copy(piece)) for piece in self._initial]
+        return [Parameter(self._placed(self._copy(piece))) for piece in self._initial]
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return shard(value) if self.workload.sharded else value
 
     def _copy(self, value: Tensor) -> Tensor:
         if not self.workload.misaligned:
@@ -50,7 +55,7 @@ class Tensors:
         values, absent = self._gradients[step % VALUE_SETS], self._absent(step)
         for i, p in enumerate(parameters):
             if i not in absent:
-                p.grad = self._gradient(values[i], step, i)
+                p.grad = self._placed(self._gradient(values[i], step, i))
 
     def _gradient(self, value: Tensor, step: int, i: int) -> Tensor:
         if self.workload.gradients == "shared":
@@ -95,6 +100,11 @@ class OptimizerRunner:
             self.run()
             widen(self.optimizer, state)
 
+    @property
+    def values(self) -> list[Tensor]:
+        """What the parameters hold."""
+        return [getattr(p, "_local_tensor", p) for p in self.parameters]
+
     def prepare(self, step: int) -> None:
         self.tensors.give_gradients(self.parameters, step)
         if self.tensors.workload.scheduled:
@@ -103,6 +113,27 @@ class OptimizerRunner:
 
     def run(self) -> None:
         self.optimizer.step()
+
+
+def shard(value: Tensor) -> Tensor:
+    """The whole of it as one process's shard, on the first axis as FSDP2's."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    sharded: Tensor = DTensor.from_local(value, _mesh(value.device.type), [Shard(0)], run_check=False)
+    return sharded
+
+
+@cache
+def _mesh(device: str) -> Any:
+    """A group of one, which has nobody to talk to."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not dist.is_initialized():
+        library = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+    return init_device_mesh(device, (1,))
 
 
 def widen(optimizer: Any, dtype: torch.dtype) -> None:

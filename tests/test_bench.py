@@ -377,6 +377,18 @@ def test_misaligned_tensors_are_so_and_have_the_same_values() -> None:
     assert all(p.grad.data_ptr() % 16 for p in parameters)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_sharded_tensors_have_the_same_values_and_take_the_same_steps() -> None:
+    case = adam_case(workload=Workload(tensors(3, 50), sharded=True), kind=RULES["AdamW"], rivals="fast")
+    measured = {(who, metric): value for who, metric, value in measure_case(case)}
+    for rival in ("torch fused", "torch foreach"):
+        assert measured["fastopt", f"same_work/{rival}"] == 1.0
+    plain = Tensors(Workload(tensors(3, 50)))
+    parameters, others = Tensors(case.workload).parameters(), plain.parameters()
+    assert {type(p._local_tensor) for p in parameters} == {torch.Tensor}
+    assert all(torch.equal(p._local_tensor, q) for p, q in zip(parameters, others, strict=True))
+
+
 def test_groups_deal_all_tensors_and_all_settings() -> None:
     workload = Workload(tensors(12, 2), groups=6, settings=3)
     groups = workload.deal(Tensors(workload).parameters())
