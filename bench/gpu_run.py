@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("build", "tests", "bench", "sweep")
-SECONDS = {"build": 120, "tests": 120, "bench": 275, "sweep": 20}
+SECONDS = {"build": 110, "tests": 160, "bench": 250, "sweep": 20}
 # A test waits for a processor far longer than for the GPU; two processors are left for compilers and the driver.
 SHARDS = max(2, min(14, (os.cpu_count() or 8) - 2))
 CONTEXT_LOST = 67  # tests/gpu/conftest.py
