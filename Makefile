@@ -68,6 +68,7 @@ contract: $(BUILT_FOR_TESTS) $(STAMP)-test ## the tests of what torch.optim prom
 
 fuzz: $(BUILT_FOR_TESTS) $(STAMP)-test ## CASES random programs, each compared with torch.optim after every step
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz --cases $$(($(CASES) / 10)) --seed $(SEED) --triton
 
 # A package of its own, so that no other build is touched, with the widest vectors that this machine has and with none.
 # Leaks are left out: Python and torch keep what they make until the process ends. tests/test_memory.py looks for growth.

@@ -38,7 +38,8 @@ class Case:
     def interpolates_fully(self) -> bool:
         """Whether torch's lerp gets the weight 1, where its vector body and its tail disagree on signs of zeros."""
         alpha = self.lookahead[1] if self.lookahead else self.kwargs.get("alpha") if self.name == "Ranger" else None
-        return alpha == 1 or self.kwargs.get("betas", (0.9,))[0] == 0
+        averages = self.name == "RMSprop" and self.kwargs.get("alpha") == 0  # the gradient, where a group is centered
+        return alpha == 1 or self.kwargs.get("betas", (0.9,))[0] == 0 or averages
 
     def make(self, groups: Any, backend: str | None = None, **overrides: Any) -> Any:
         inner = getattr(fastopt, self.name)(groups, **{**self.kwargs, **overrides}, backend=backend)

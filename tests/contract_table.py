@@ -164,8 +164,8 @@ ITEMS = (
         "fuzz",
         "Random programs",
         "Random shapes, groups, gradients, hyper-parameters, edits, checkpoints and copies, compared after every step "
-        "with torch: one test is 150 programs that draw from all optimizers and backends (`make fuzz` runs ten "
-        "thousand), the others are programs that once failed.",
+        "with torch: one test is 150 programs that draw from all optimizers and backends, one is 100 on Triton's "
+        "interpreter (`make fuzz` runs ten thousand and one thousand), the others are programs that once failed.",
     ),
     Item(
         "memory",

@@ -89,6 +89,25 @@ def test_two_launches_a_step_that_a_device_counts(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("_a_device")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_steps_without_gradients_that_a_device_counts(mixed: bool) -> None:
+    """What a step gives to the device says nothing of the steps that are counted there: none is done again unseen."""
+    runs = []
+    for backend in ("triton", "reference"):
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+        flags = [backend == "triton", backend == "triton" and not mixed]
+        groups = [{"params": [p], "capturable": flag} for p, flag in zip(params, flags, strict=True)]
+        optimizer = fastopt.Adam(groups, lr=0.1, backend=backend)
+        for step in range(7):
+            for i, p in enumerate(params):
+                absent = step in (2, 3) and (i == 0 or not mixed)
+                p.grad = None if absent else torch.full((5,), 1.0 + step)
+            optimizer.step()
+        runs.append([*params, *(optimizer.state[p]["step"] for p in params)])
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.usefixtures("_a_device")
 def test_states_are_let_go_when_others_are_loaded() -> None:
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = fastopt.RAdam([p], capturable=True, backend="triton")

@@ -3,7 +3,12 @@ sanitizers. Programs that once failed are kept here."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +75,17 @@ FOUND = {
         Step((None,)), Step((Grad(),), amp=(1024.0, True)), STEP, case="sgd-dampening", fused=True
     ),
 }
+
+
+@pytest.mark.contract("fuzz", optimizers="all", backend="triton")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_programs_on_triton() -> None:
+    """In its interpreter, which a process decides for before it imports Triton."""
+    command = [sys.executable, "-m", "fuzz", "--triton", "--cases", "100"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    assert "0 failures" in run.stdout
 
 
 @pytest.mark.contract("fuzz")

@@ -491,13 +491,37 @@ def test_a_step_like_the_last_is_started_as_that_was(monkeypatch: pytest.MonkeyP
     assert anew()
     assert not anew()
     flat = torch.zeros(8)
-    for offset, expected in ((1, True), (1, True), (0, False), (4, False)):
+    for offset, expected in ((1, True), (1, True), (0, True), (4, False)):
         q.grad = flat[offset : offset + 3]
         assert anew() == expected
     assert anew(grad_scale=torch.ones(()), found_inf=torch.zeros(()))
+    assert not launched[-1][-1].absent
+    assert anew()
+    assert launched[-1][-1].absent
     assert not anew()
+    assert optimizer.engine()._plans["triton"].launches == 1
     r.data = torch.zeros(3)
     assert anew()
+
+
+def test_a_kernel_that_cannot_be_loaded_or_started_is_named() -> None:
+    class Compiled:
+        def __init__(self, loads: bool) -> None:
+            self.loads = loads
+
+        def __getitem__(self, grid: Any) -> Any:
+            if not self.loads:
+                raise MemoryError("of a test")
+            return self._start
+
+        def _start(self, *given: Any) -> None:
+            raise MemoryError("of a test")
+
+    for loads in (False, True):
+        kernel = types.SimpleNamespace(warmup=lambda *given, loads=loads, **options: Compiled(loads))
+        ready = triton.launch.Ready("adam", torch.device("cuda:1"), kernel, (), 4)
+        with pytest.raises(RuntimeError, match="the Triton kernel adam failed on cuda:1: of a test"):
+            ready.start(ready.bound(1))
 
 
 def test_equal_settings_share_a_row_across_groups(monkeypatch: pytest.MonkeyPatch) -> None:

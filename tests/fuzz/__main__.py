@@ -1,6 +1,7 @@
 """Runs many random programs and reports how many, from which seed, and what they did.
 
 PYTHONPATH=tests python -m fuzz --cases 10000 --seed 1
+PYTHONPATH=tests python -m fuzz --cases 1000 --triton
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import seed as seeded
 
+from fastopt import routing
 from fastopt.backends import native
 from fuzz.program import Program
 from fuzz.strategies import programs
@@ -61,13 +64,26 @@ def sanitized() -> bool:
     )
 
 
+def interpret() -> None:
+    """Triton's kernels take CPU tensors, and that CPU is the device where steps may be counted."""
+    import triton_interpreter  # noqa: F401 for what it changes
+
+    warnings.filterwarnings("ignore", module=r"triton\.")  # of numpy, which finds zeros to divide by
+
+    why_not = routing.why_not_setting
+    routing.why_not_setting = lambda setting, p, _=False: why_not(setting, p, True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sanitized", action="store_true", help="insist on an extension built with sanitizers")
+    parser.add_argument("--triton", action="store_true", help="of Triton's kernels, in its interpreter")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.triton:
+        interpret()
     if options.sanitized and not sanitized():
         raise SystemExit("this is not a sanitized build: run `make sanitize`")
     tally, failures, start, at = Tally(), 0, time.monotonic(), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -182,14 +183,16 @@ def flags_of(case: Case, backend: str) -> list[Hyper]:
     if case.name != "Ranger" and signature_has(case, "fused"):
         found.append((("fused", True),))
     one = not (case.name == "Ranger" and case.lookahead)  # of the two optimizers, the outer one is torch code
-    if backend == "emulated" and one and (case.name == "Ranger" or signature_has(case, "capturable")):
+    if backend in ("emulated", "triton") and one and (case.name == "Ranger" or signature_has(case, "capturable")):
         found.append((("capturable", True),))
     return found
 
 
 @cache
 def usable() -> list[str]:
-    """The backends that are built, as often as they are worth it."""
+    """The backends that are built, as often as they are worth it; or Triton's alone, in its interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ["triton"]
     return [b for b in ["native"] * 5 + ["emulated"] * 4 + ["reference"] if fastopt.backends.available(b)]
 
 
@@ -198,16 +201,20 @@ def programs(draw: st.DrawFn) -> Program:
     case = case_of(draw(st.sampled_from([c.id for c in CASES])))
     backend = draw(st.sampled_from(usable()))
     flags = draw(st.sampled_from(flags_of(case, backend)))
-    dtypes = draw(st.sampled_from([["fp32"], ["fp32", "fp64"], ["fp32", "fp64", "bf16", "fp16"], ["bf16"]]))
+    # Triton's interpreter has other subnormal numbers of fp64 than a GPU.
+    fp64 = [] if backend == "triton" else ["fp64"]
+    dtypes = draw(st.sampled_from([["fp32"], ["fp32", *fp64], ["fp32", *fp64, "bf16", "fp16"], ["bf16"]]))
     may_be_deep = backend == "emulated" and not flags and not {"bf16", "fp16"} & set(dtypes)
     deep = may_be_deep and draw(st.sampled_from([False] * 9 + [True]))
     make = Generator(case, backend, flags, dtypes, draw(st.booleans()), deep)
     groups = draw(st.lists(make.group, min_size=1, max_size=3))
-    threads = draw(st.sampled_from([1, 1, 1, 2]))
+    threads = draw(st.sampled_from([1] if backend == "triton" else [1, 1, 1, 2]))
     if threads == 2:
         more = [Param(LONG, dtypes[0]), Param((3,), dtypes[-1], times=210)]
         groups.append(Group((more[draw(st.sampled_from([0, 0, 0, 1]))],)))
-    step, between = make.step, make.between
+    # Plans have shorter ways for a step like the last one.
+    usual, between = draw(st.lists(make.step, min_size=1, max_size=2)), make.between
+    step = st.one_of(st.sampled_from(usual), make.step)
     some = st.booleans().flatmap(lambda steps: step if steps else between)
     operations = (draw(step), *draw(st.lists(some, max_size=20)), draw(step))
     return Program(case.id, backend, tuple(groups), operations, threads, flags)

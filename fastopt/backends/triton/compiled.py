@@ -26,7 +26,7 @@ from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton.launch import Addressed, Block, Scaler, Start, current
 from fastopt.backends.triton.plan import TritonPlan
 from fastopt.backends.triton.rows import Job, Part
-from fastopt.backends.triton.tables import Bucket, Sent, Tile
+from fastopt.backends.triton.tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.setting import Counts, Flags, Groups, Setting, State, chain_named
 
@@ -52,20 +52,17 @@ def _chain(index: int) -> Chain:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A step of a device, for the steps after it that differ in nothing but gradients' addresses and coefficients."""
+    """The last step of a device, for one that differs from it in nothing but gradients' addresses and coefficients. (Of
+    steps that the device counts there is none: what they give to it says nothing of what they find there.)"""
 
-    taken: list[Taken]
-    sent: Sent
+    shape: list[tuple[int, int, bytes, int, int]]
     numbers: list[bytes]
     """Of rows, for each launch: the last parts of the block."""
     starts: list[Start]
 
-    def serves(self, taken: list[Taken], sent: Sent) -> bool:
-        return sent is self.sent and len(taken) == len(self.taken) and all(map(_alike, taken, self.taken))
 
-
-def _alike(a: Taken, b: Taken) -> bool:
-    return a[:3] == b[:3] and len(a[3]) == len(b[3]) and len(a[4]) == len(b[4])
+def _shape(taken: list[Taken]) -> list[tuple[int, int, bytes, int, int]]:
+    return [(chain, slot, numbers, len(f32), len(f64)) for chain, slot, numbers, f32, f64 in taken]
 
 
 class CompiledPlan(TritonPlan):
@@ -163,9 +160,7 @@ class CompiledPlan(TritonPlan):
     def _repeat(self, device: torch.device, gradients: bytes, taken: list[Taken]) -> bool:
         """Do what the last step did, if nothing but addresses and coefficients has changed since."""
         recipe = self._recipes.get(device)
-        if recipe is None or not recipe.serves(taken, self._channels[device].sent):
-            return False
-        if self._any_astray(device, gradients):
+        if recipe is None or recipe.shape != _shape(taken) or self._any_astray(device, gradients):
             return False
         for bucket, _ in self._on[device]:
             bucket.lend()
@@ -178,6 +173,7 @@ class CompiledPlan(TritonPlan):
 
     def _run_taken(self, device: torch.device, gradients: bytes, taken: list[Taken], scaler: Scaler) -> None:
         """Send what a step gives to the tensors of a device, and start the kernels of every bucket."""
+        self._recipes.pop(device, None)
         block = Block()
         grads_at = block.add(gradients)
         counted = self._add_jobs(device, block, self._jobs(device, gradients)) if self._counted else None
@@ -203,8 +199,8 @@ class CompiledPlan(TritonPlan):
             starts += self._start(bucket, *given)
         if counted is not None:
             self._start_counted(device, counted, sent, scaler)
-        elif scaler.absent and not self._any_astray(device, gradients):
-            self._recipes[device] = Recipe(taken, sent, sent_numbers, starts)
+        if scaler.absent and not self._counted and not self._any_astray(device, gradients):
+            self._recipes[device] = Recipe(_shape(taken), sent_numbers, starts)
 
     def _any_astray(self, device: torch.device, gradients: bytes) -> bool:
         return any(

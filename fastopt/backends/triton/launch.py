@@ -6,7 +6,7 @@ Triton is imported by the first function that needs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -81,25 +81,35 @@ class Ready:
     def bound(self, programs: int, *arguments: Any) -> Callable[[], Any]:
         """What starts it with these arguments, which like the constants are in the kernel's order."""
         compiled = self.compiled(programs, *arguments)
-        if compiled is None:
-            return partial(self._kernel[programs, 1, 1], *arguments, *self._constants, **self._options)
-        return partial(compiled[programs, 1, 1], *arguments, *self._constants)
+        with self._named():
+            if compiled is None:
+                return partial(self._kernel[programs, 1, 1], *arguments, *self._constants, **self._options)
+            return partial(compiled[programs, 1, 1], *arguments, *self._constants)  # which loads it
 
     def start(self, bound: Callable[[], Any]) -> None:
         try:
             bound()
         except Exception as error:
-            raise RuntimeError(f"{self._where}: {error}") from error
+            raise self._error(error) from error
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error inside says of which kernel it is."""
+        try:
+            yield
+        except Exception as error:
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> RuntimeError:
+        return RuntimeError(f"{self._where}: {error}")
 
     def compiled(self, programs: int, *arguments: Any) -> Any:
         """What the kernel was compiled to for such arguments; None in the interpreter, which compiles nothing."""
         absent = tuple([argument is None for argument in arguments])
         found = self._compiled.get(absent)
         if found is None:
-            try:
+            with self._named():
                 found = self._kernel.warmup(*arguments, *self._constants, grid=(programs, 1, 1), **self._options)
-            except Exception as error:
-                raise RuntimeError(f"{self._where}: {error}") from error
             self._compiled[absent] = found
         return found
 
