@@ -34,10 +34,8 @@ class Tensors:
         ]
 
     def parameters(self) -> list[Parameter]:
-        return [Parameter(self._placed(self._copy(piece))) for piece in self._initial]
-
-    def _placed(self, value: Tensor) -> Tensor:
-        return shard(value) if self.workload.sharded else value
+        values = map(self._copy, self._initial)
+        return [Parameter(shard(value) if self.workload.sharded else value) for value in values]
 
     def _copy(self, value: Tensor) -> Tensor:
         if not self.workload.misaligned:
@@ -55,7 +53,8 @@ class Tensors:
         values, absent = self._gradients[step % VALUE_SETS], self._absent(step)
         for i, p in enumerate(parameters):
             if i not in absent:
-                p.grad = self._placed(self._gradient(values[i], step, i))
+                gradient = self._gradient(values[i], step, i)
+                p.grad = shard(gradient, p) if self.workload.sharded else gradient
 
     def _gradient(self, value: Tensor, step: int, i: int) -> Tensor:
         if self.workload.gradients == "shared":
@@ -115,10 +114,13 @@ class OptimizerRunner:
         self.optimizer.step()
 
 
-def shard(value: Tensor) -> Tensor:
-    """The whole of it as one process's shard, on the first axis as FSDP2's."""
+def shard(value: Tensor, parameter: Tensor | None = None) -> Tensor:
+    """The whole of it as one process's shard, on the first axis as FSDP2's; a gradient by its parameter's own
+    placement, which is what FSDP2 makes it with."""
     from torch.distributed.tensor import DTensor, Shard
 
+    if parameter is not None:
+        return DTensor(value, parameter._spec, requires_grad=False)  # type: ignore[attr-defined, call-arg]
     sharded: Tensor = DTensor.from_local(value, _mesh(value.device.type), [Shard(0)], run_check=False)
     return sharded
 
