@@ -17,10 +17,7 @@ const WrappedNames& wrapped_names() {
   return instance;
 }
 
-Ref spec_of(PyObject* tensor) {
-  if (!PyObject_HasAttr(tensor, wrapped_names().spec)) return {};
-  return Ref::steal(PyObject_GetAttr(tensor, wrapped_names().spec));
-}
+Ref spec_of(PyObject* tensor) { return attribute(tensor, wrapped_names().spec); }
 
 // A gradient placed otherwise than its parameter has other elements in its local tensor, or not their sum.
 bool placed_alike(const Ref& spec, const Ref& other) {

@@ -40,6 +40,14 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// The attribute, null where there is none: asked for once, where a question before would be a second search.
+inline Ref attribute(PyObject* object, PyObject* name) {
+  if (PyObject* const found = PyObject_GetAttr(object, name)) return Ref::steal(found);
+  if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw PythonError{};
+  PyErr_Clear();
+  return {};
+}
+
 // Puts the exception that is set aside, for code that must not find one.
 class ErrorKept {
  public:

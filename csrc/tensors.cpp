@@ -57,8 +57,9 @@ Tracked track(PyObject* tensor) {
 
 Ref within(PyObject* tensor) {
   static PyObject* const name = interned("_local_tensor");
-  if (!impl_of(tensor)->key_set().has(c10::DispatchKey::Python) || !PyObject_HasAttr(tensor, name)) return Ref(tensor);
-  return Ref::steal(PyObject_GetAttr(tensor, name));
+  if (!impl_of(tensor)->key_set().has(c10::DispatchKey::Python)) return Ref(tensor);
+  const Ref local = attribute(tensor, name);
+  return local ? local : Ref(tensor);
 }
 
 }  // namespace fastopt
