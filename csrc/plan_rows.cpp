@@ -132,7 +132,8 @@ const Row* Plan::row_for(Group& group, RowKey key) {
 }
 
 // Makes the row that the parameters of a group will want if they go on as in the last step. Then they can take it while
-// they are examined, on whatever thread, and nobody has to look at them again.
+// they are examined, on whatever thread, and nobody has to look at them again. `ahead` is that group's, and knows what
+// never changes of it.
 void Plan::foresee(Group& group, bool sync, Outlook& ahead) {
   ahead.sync = sync;
   ahead.likely = std::exchange(group.used, false) && group.last_key.stepped;
