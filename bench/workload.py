@@ -134,8 +134,17 @@ def _mesh(device: str) -> Any:
     if not dist.is_initialized():
         library = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_group)
     return init_device_mesh(device, (1,))
+
+
+def leave_group() -> None:
+    """A process can be in one at a time."""
+    import torch.distributed as dist
+
+    if _mesh.cache_info().currsize and dist.is_initialized():
+        dist.destroy_process_group()
+    _mesh.cache_clear()
 
 
 def widen(optimizer: Any, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from bench.rules import MIXES, RULES
 from bench.streams import STRIPPED
 from bench.sweep.__main__ import SOURCE, nvcc, summary
 from bench.tables import Results
-from bench.workload import OptimizerRunner, Tensors
+from bench.workload import OptimizerRunner, Tensors, leave_group
 
 native = pytest.mark.skipif(not fastopt.backends.available("native"), reason=str(fastopt.backends.why_not("native")))
 
@@ -64,6 +65,13 @@ class FakeRunner:
     def run(self) -> None:
         step = self.prepared[-1]
         self.clock.now += round(self.seconds[step % len(self.seconds)] * NANOSECONDS)
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left() -> Iterator[None]:
+    """The examples of a page make one, in the same process perhaps."""
+    yield
+    leave_group()
 
 
 def adam_case(**changes: object) -> Case:
