@@ -110,48 +110,29 @@ def _lines(results: Results, *tables: str) -> Iterator[Line]:
             yield line
 
 
-def _small(results: Results) -> str:
-    return table(
-        "Small tensors: Adam, fp32, step and the wait for the device",
-        [
-            {
-                **_waited(line),
-                "until step() returns": time_of(line.get(line.subject, "host_us")),
-                "rival's": time_of(line.get(line.rival or "", "host_us")),
-            }
-            for line in _lines(results, "gpu small")
-        ],
-    )
+def _hosted(title: str, name: str) -> Part:
+    """Steps whose time is the host's."""
+
+    def build(results: Results) -> str:
+        return table(
+            title,
+            [
+                {
+                    **_waited(line),
+                    "until step() returns": time_of(line.get(line.subject, "host_us")),
+                    "rival's": time_of(line.get(line.rival or "", "host_us")),
+                }
+                for line in _lines(results, name)
+            ],
+        )
+
+    return build
 
 
 def _rested(results: Results) -> str:
     return table(
         f"The same after the processor has had {REST * 1e3:.0f} ms of rest, as while a device computes gradients",
         [_waited(line) for line in _lines(results, "gpu rested")],
-    )
-
-
-def _counted(results: Results) -> str:
-    return table(
-        "The same with `fused=True` for all, which keeps the steps on the device",
-        [
-            {**_waited(line), "until step() returns": time_of(line.get(line.subject, "host_us"))}
-            for line in _lines(results, "gpu counted")
-        ],
-    )
-
-
-def _sharded(results: Results) -> str:
-    return table(
-        "The same of AdamW, whose parameters are DTensors, as FSDP2 makes them, in a group of one",
-        [
-            {
-                **_waited(line),
-                "until step() returns": time_of(line.get(line.subject, "host_us")),
-                "rival's": time_of(line.get(line.rival or "", "host_us")),
-            }
-            for line in _lines(results, "gpu sharded")
-        ],
     )
 
 
@@ -318,10 +299,10 @@ def _short(results: Results) -> str:
 
 SHORT: tuple[Part, ...] = (_short,)
 ALL: tuple[Part, ...] = (
-    _small,
+    _hosted("Small tensors: Adam, fp32, step and the wait for the device", "gpu small"),
     _rested,
-    _counted,
-    _sharded,
+    _hosted("The same with `fused=True` for all, which keeps the steps on the device", "gpu counted"),
+    _hosted("The same of AdamW, whose parameters are DTensors, as FSDP2 makes them, in a group of one", "gpu sharded"),
     _groups,
     _raced("Large tensors, by the device's clock: rules that torch has a fused step for", "gpu fused", "gpu roof"),
     _raced("Large tensors, by the device's clock: rules that it has none for", "gpu rules"),

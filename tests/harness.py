@@ -298,3 +298,15 @@ def outcome(action: Callable[[], Any]) -> tuple[type, str] | None:
         except (Exception, Warning) as error:  # the type is what the tests compare
             return type(error), str(error)
     return None
+
+
+def train(optimizer: Any, ps: list[Any], start: int, stop: int) -> None:
+    """Steps with a gradient for each parameter that follows from the step."""
+    for step in range(start, stop):
+        for i, p in enumerate(ps):
+            p.grad = wave(p.shape, step + i)
+        optimizer.step()
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(not difference(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))

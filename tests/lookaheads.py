@@ -1,4 +1,4 @@
-"""Shared by the tests of Lookahead: inner optimizers of ours and of others, and how they are trained."""
+"""Shared by the tests of Lookahead: inner optimizers of ours and of others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import difference, ramp, wave
+from harness import ramp
 
 import fastopt
 
@@ -32,17 +32,6 @@ each_inner = pytest.mark.parametrize("inner", INNER)
 
 def params() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(ramp(9)), torch.nn.Parameter(ramp(12).reshape(3, 4))]
-
-
-def train(optimizer: Any, ps: list[Any], start: int, stop: int) -> None:
-    for step in range(start, stop):
-        for i, p in enumerate(ps):
-            p.grad = wave(p.shape, step + i)
-        optimizer.step()
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return all(not difference(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
 
 
 def plain_sgd(value: float = 0.0, k: int = 5, alpha: float = 0.5, **kwargs: Any) -> tuple[Any, Any]:

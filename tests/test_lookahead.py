@@ -17,8 +17,8 @@ import oracles
 import pytest
 import torch
 from cases import TORCH_CASES, Case, each_backend, parametrize
-from harness import difference, ramp, wave
-from lookaheads import INNER, each_inner, params, plain_sgd, same, train, watch_checkpoints
+from harness import difference, ramp, same, train, wave
+from lookaheads import INNER, each_inner, params, plain_sgd, watch_checkpoints
 
 import fastopt
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import each_backend
-from harness import difference, ramp, wave
+from harness import difference, ramp, same, train, wave
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fastopt
@@ -25,17 +25,6 @@ def params() -> list[torch.nn.Parameter]:
     return [
         torch.nn.Parameter(ramp(torch.Size(shape).numel()).reshape(shape)) for shape in ((9,), (3, 4), (2, 3, 2, 2))
     ]
-
-
-def train(optimizer: Any, ps: list[Any], start: int, stop: int) -> None:
-    for step in range(start, stop):
-        for i, p in enumerate(ps):
-            p.grad = wave(p.shape, step + i)
-        optimizer.step()
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return all(not difference(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.contract("ranger", "numbers", optimizers="Ranger")

@@ -22,9 +22,6 @@ _WHY_NOT: dict[str, Callable[[str], str]] = {
 }
 
 
-OR_NONE = ", or None to choose automatically"
-
-
 class BackendError(RuntimeError):
     """A backend was asked for that cannot run where it would have to."""
 
@@ -58,7 +55,7 @@ def checked(name: str, source: str = "backend", otherwise: str = "") -> str:
 def wish(explicit: str | None) -> str | None:
     """The backend that was asked for: by argument, else by the environment variable FASTOPT_BACKEND."""
     if explicit is not None:
-        return checked(explicit, otherwise=OR_NONE)
+        return checked(explicit, otherwise=", or None to choose automatically")
     name = os.environ.get("FASTOPT_BACKEND") or None
     return name and checked(name, "FASTOPT_BACKEND", "; unset it to choose automatically")
 

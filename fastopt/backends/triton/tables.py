@@ -228,7 +228,7 @@ class Sent:
         return self.float64 if compute == torch.float64 else self.float32
 
 
-class Slot:
+class Staging:
     """Pinned memory for a block on its way, and an event after the copy: it is not written to again before.
 
     The views that a copy goes from and to are kept: blocks of one length after the other are the rule.
@@ -262,7 +262,7 @@ class Channel:
         self._cuda = device.type == "cuda"
         self._capacity = 0
         self._next = 0
-        self._ring: list[Slot] = []
+        self._ring: list[Staging] = []
         self._spare: list[Tensor] = []
         self._kept: list[Any] = []
         self.capturing = False
@@ -283,7 +283,7 @@ class Channel:
                     f"more than {self.SPARE} optimizer steps were captured in CUDA graphs since the last step outside "
                     "of one: run a step between the captures"
                 )
-            slot = Slot(self._spare.pop(), None)
+            slot = Staging(self._spare.pop(), None)
             self._kept.append((slot, self.sent))
         else:
             self._refill()
@@ -329,7 +329,7 @@ class Channel:
         self.sent = Sent(torch.empty(self._capacity, dtype=torch.uint8, device=self.device))
         self._stream = stream_of(self.device)
         event: Callable[[], Any] = torch.cuda.Event if self._cuda else lambda: None
-        self._ring = [Slot(self._host(), event()) for _ in range(self.SLOTS)]
+        self._ring = [Staging(self._host(), event()) for _ in range(self.SLOTS)]
         self._spare = []
 
     def _refill(self) -> None:
