@@ -32,8 +32,9 @@ class Workload:
     sizes at which allocation would be most of the run), "shared" hands all contenders the same memory behind new tensor
     objects (for sizes at which the copies would not fit, and only to those that leave gradients as they are: optimi
     does not). `misaligned` tensors begin one element after a multiple of 16
-    bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate. `sharded`: parameters and
-    gradients are DTensors, as FSDP2 makes them, in a group of one process.
+    bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate. `moved`: every step finds
+    the parameters in other memory, as `p.data = ...` leaves them. `sharded`: parameters and gradients are DTensors, as
+    FSDP2 makes them, in a group of one process.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -44,6 +45,7 @@ class Workload:
     dtype: torch.dtype = torch.float32
     misaligned: bool = False
     scheduled: bool = False
+    moved: bool = False
     sharded: bool = False
 
     @property
@@ -190,6 +192,13 @@ def _scheduled() -> Case:
     return _structure("scheduled 1000x64", size, replace(TINY, scheduled=True), constant)
 
 
+def _moved() -> Case:
+    """As sharpness-aware minimisation, and swapping weights in and out, leave parameters."""
+    stays = Yardstick("fastopt, memory that stays", workload=TINY)
+    size, workload, goals = "1000x64, other memory in every step", replace(TINY, moved=True), (Goal("speedup", "≥", 1),)
+    return Case("moved 1000x64", "structure", size, workload, "fast", yardstick=stays, goals=goals, seconds=4)
+
+
 def _misaligned() -> Case:
     aligned = Yardstick("fastopt, aligned", workload=MEDIUM)
     size = "1000x50,000, misaligned"
@@ -287,6 +296,7 @@ CASES: tuple[Case, ...] = (
     _grouped(465, 1000, 28),
     _half_absent(),
     _scheduled(),
+    _moved(),
     _misaligned(),
     _sharded("1000x64", TINY),
     _sharded("300x10,000", Workload(tensors(300, 10_000))),

@@ -355,7 +355,7 @@ _EXTRACTS: dict[str, tuple[Callable[[Results], str], ...]] = {"cpu short": (_sho
 _BLOCKS: dict[str, tuple[Callable[[Results], str], ...]] = {
     "cpu": (_adam, _rules),
     "structure": (
-        _compared("Many groups, absent gradients, changing rates, misaligned tensors: Adam, fp32", "structure"),
+        _compared("Many groups, absent gradients, changing rates, moved or misaligned memory: Adam, fp32", "structure"),
         _compared("Parameters that are DTensors, as FSDP2 makes them, in a group of one: AdamW, fp32", "sharded"),
     ),
     "models": (_compared("Parameter lists of real models, and of extremes: AdamW, fp32", "models"),),

@@ -105,6 +105,8 @@ class OptimizerRunner:
         return [getattr(p, "_local_tensor", p) for p in self.parameters]
 
     def prepare(self, step: int) -> None:
+        for p in self.parameters if self.tensors.workload.moved else ():
+            p.data = p.data.clone()
         self.tensors.give_gradients(self.parameters, step)
         if self.tensors.workload.scheduled:
             for group in self.optimizer.param_groups:

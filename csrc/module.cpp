@@ -11,10 +11,12 @@
 
 #include "cuda_driver.h"
 #include "plan.h"
+#include "survey.h"
 
 namespace fastopt {
 
 bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
+bool is_exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
 c10::TensorImpl* impl_of(PyObject* tensor) { return THPVariable_Unpack(tensor).unsafeGetTensorImpl(); }
 
 }  // namespace fastopt
@@ -103,6 +105,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_why_not", &fastopt::cuda_why_not);
   m.def("emulate_only_last", &fastopt::emulate_only_last);
   m.def("has_emulator", [] { return fastopt::emulator() != nullptr; });
+  m.def("find_ordinary", [](py::object params) {
+    const auto [found, apart] = translated([&] { return fastopt::find_ordinary(params.ptr()); });
+    return py::make_tuple(py::bytes(found), apart);
+  });
+  m.def("find_complete", [](py::object groups, py::dict state) {
+    return py::bytes(translated([&] { return fastopt::find_complete(groups.ptr(), state.ptr()); }));
+  });
   py::class_<Plan> plan(m, "Plan", py::custom_type_setup(collectable));
   plan.attr("step") =
       py::reinterpret_steal<py::object>(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(plan.ptr()), &step_method));

@@ -11,6 +11,7 @@ namespace fastopt {
 
 // Implemented by module.cpp, the only unit that knows torch's Python headers.
 bool is_tensor(PyObject* object);
+bool is_exact_tensor(PyObject* object);  // a torch.Tensor or torch.nn.Parameter, and of no class derived from them
 c10::TensorImpl* impl_of(PyObject* tensor);
 
 struct PythonError {};  // a Python exception is set

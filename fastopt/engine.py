@@ -8,9 +8,10 @@ freshly created state has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, TypeAlias
 
 import torch
@@ -53,7 +54,11 @@ class Route:
 
 
 class Routes(dict[int, Route]):
-    """Who takes each parameter, by its id."""
+    """Who takes each parameter, by its id, and which of them are plain memory, as nearly all are."""
+
+    def __init__(self, routes: Iterable[tuple[int, Route]] = (), ordinary: Iterable[int] = ()) -> None:
+        super().__init__(routes)
+        self.ordinary = frozenset(ordinary)
 
     def __missing__(self, name: int) -> Route:
         raise RuntimeError("parameters were added while the step was being prepared; call step() again")
@@ -222,7 +227,7 @@ class Engine:
         self._routes = self.routes(optimizer)
         params = [p for group in groups for p in group["params"]]
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
-        self._distributed = [p for p in params if routing.within(p) is not p]
+        self._distributed = [p for p in params if id(p) not in self._routes.ordinary and routing.within(p) is not p]
         self._place_gradients()
         self._create_state(optimizer)
         self.counts = [self._counts(optimizer, group) for group in groups]
@@ -258,6 +263,8 @@ class Engine:
 
     def _rows(self, setting: Setting, p: Tensor) -> int:
         """Over how many leading slices of its memory the gradient of p is centralised."""
+        if id(p) in self._routes.ordinary:
+            return self.rule.rows(setting.h, p)
         if is_lazy(p):
             return 0
         local = routing.within(p)
@@ -284,12 +291,21 @@ class Engine:
         if unusual:
             rest = "torch" if self.torch_step else "reference"
             return Routes((id(p), Route(rest, unusual, passing=True)) for p in params)
-        sharing = routing.sharing(params)
-        found = Routes()
+        ordinary, apart = native.find_ordinary(params)
+        sharing = set() if apart else routing.sharing(params)
+        found = Routes(ordinary=compress(map(id, params), ordinary))
+        alike: dict[tuple[Any, ...], Route] = {}  # what an ordinary parameter's route depends on
         for group in optimizer.param_groups:
             setting = self.settings.of(group)
             for p in group["params"]:
-                found[id(p)] = self._route(setting, p, id(p) in sharing)
+                shares = id(p) in sharing
+                if id(p) not in found.ordinary:
+                    found[id(p)] = self._route(setting, p, shares)
+                    continue
+                kind = id(setting), p.device, p.dim() > routing.MOST_DIMS, self.rule.rows(setting.h, p) > 0, shares
+                if kind not in alike:
+                    alike[kind] = self._route(setting, p, shares)
+                found[id(p)] = alike[kind]
         return found
 
     def _route(self, setting: Setting, p: Tensor, shares: bool) -> Route:
@@ -343,9 +359,12 @@ class Engine:
     def _create_state(self, optimizer: Optimizer) -> None:
         """All of it, or on an error none of it: a step that ran out of memory can be repeated."""
         pending: list[tuple[Tensor, dict[str, Tensor]]] = []
-        for i, group in enumerate(optimizer.param_groups):
-            setting = self.settings.of(group)
-            for k, p in enumerate(group["params"]):
+        groups = [(self.settings.of(group), group["params"]) for group in optimizer.param_groups]
+        complete = iter(native.find_complete(groups, optimizer.state))
+        for i, (setting, params) in enumerate(groups):
+            for k, p in enumerate(params):
+                if next(complete) and id(p) in self._routes.ordinary:
+                    continue
                 if self._routes[id(p)].backend == "torch":
                     continue
                 own = optimizer.state.get(p, {})
@@ -365,7 +384,7 @@ class Engine:
             there.update(new)
 
     def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
-        tensor = self._fresh.get(p)
+        tensor = self._fresh.get(p) if self._fresh else None
         return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
 
     def _to_unscale(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:

@@ -151,6 +151,26 @@ def lacks(setting: Setting, device: str = "cpu", centralised: bool = False) -> s
     return ""
 
 
+def find_ordinary(params: Sequence[Tensor]) -> tuple[bytes, bool]:
+    """For each parameter 1 if nothing that `fastopt.routing` looks for can be the matter with it or its gradient, and 0
+    where a closer look is needed; and whether they are all of that kind and none shares memory with another."""
+    module = extension()
+    if module is None:
+        return bytes(len(params)), False
+    found: tuple[bytes, bool] = module.find_ordinary(params)
+    return found
+
+
+def find_complete(groups: Sequence[tuple[Setting, Sequence[Tensor]]], state: dict[Tensor, Any]) -> bytes:
+    """For each parameter 1 if all of its state is there and as it should be, and 0 where a closer look is needed."""
+    module = extension()
+    if module is None or not isinstance(state, dict):
+        return bytes(sum(len(params) for _, params in groups))
+    told = [(params, s.slots, tuple(s.rule.counters), s.counts_on_device) for s, params in groups]
+    found: bytes = module.find_complete(told, state)
+    return found
+
+
 def advise_huge_pages(t: Tensor) -> None:
     """Ask for huge pages behind a tensor that was allocated but not yet written to."""
     module = extension()
