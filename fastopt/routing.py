@@ -24,6 +24,7 @@ MOST_DIMS = 8
 MOST_HOST_DIMS = 64
 """And those of the host (csrc/cpu_driver.h)."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_USUAL = (torch.nn.Parameter, Tensor)
 
 
 def why_not_setting(setting: Setting, p: Tensor, emulated: bool = False) -> str:
@@ -68,6 +69,8 @@ def why_not_containers(optimizer: Optimizer) -> str:
 
 def within(t: Tensor) -> Tensor:
     """The tensor whose memory t stands for: the local shard of a DTensor, or t itself."""
+    if type(t) in _USUAL:
+        return t
     local = getattr(t, "_local_tensor", None) if intercepts(t) else None
     return t if local is None else local
 
@@ -157,9 +160,6 @@ _INTERCEPTING = functools.reduce(
         (_KEYS.Python, _KEYS.FuncTorchGradWrapper, _KEYS.FuncTorchBatched, _KEYS.Functionalize),
     ),
 )
-
-
-_USUAL = (torch.nn.Parameter, Tensor)
 
 
 def _has_functions(kind: type[Tensor]) -> bool:

@@ -93,14 +93,15 @@ def classify(entry: Entry, gradient: torch.dtype, tile: Tile) -> None:
     """Find the bucket of an entry, and how its memory is walked."""
     p, tensors = entry.p, entry.tensors
     streams = [p.stride(), entry.strides, *(t.stride() for t in tensors)]
-    sizes, walks = coalesce(p.shape, streams)
-    together = all(walk == walks[0] for walk in walks) and _is_dense(p) and (not entry.slice or _leads(p))
     rank = 0
-    if p.numel() and not together:
-        rank = 1 << max(0, len(sizes) - 1).bit_length()
-        padding = rank - len(sizes)
-        entry.sizes = sizes[::-1] + [1] * padding
-        entry.walks = [walk[::-1] + [0] * padding for walk in walks]
+    if p.numel() and not (p.is_contiguous() and streams.count(streams[0]) == len(streams)):  # as they mostly are
+        sizes, walks = coalesce(p.shape, streams)
+        together = walks.count(walks[0]) == len(walks) and _is_dense(p) and (not entry.slice or _leads(p))
+        rank = 0 if together else 1 << max(0, len(sizes) - 1).bit_length()
+        if rank:
+            padding = rank - len(sizes)
+            entry.sizes = sizes[::-1] + [1] * padding
+            entry.walks = [walk[::-1] + [0] * padding for walk in walks]
     smallest = min(gradient.itemsize, *(t.element_size() for t in (p, *tensors)))
     mean = kernels.FLAT if not entry.slice else kernels.ROWS if entry.slice <= tile.longest else kernels.SPLIT
     aligned = rank == 0 and entry.slice * smallest % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (p, *tensors))
