@@ -220,17 +220,18 @@ class Engine:
                 "a CUDA graph is being captured, and this step has to make state or tables (parameters, state or "
                 "gradients are not what they were): run a step on the same tensors before capturing"
             )
-        groups: list[dict[str, Any]] = optimizer.param_groups
+        groups: list[dict[str, Any]] = list(optimizer.param_groups)  # to which another thread may add
         self.whole_step = None
         self.settings.room = max(self.settings.room, 2 * len(groups))
         self._unusual = bool(routing.why_not_containers(optimizer))
-        self._routes = self.routes(optimizer)
+        settings = list(map(self.settings.of, groups))
+        self._routes = self.routes(optimizer, groups, settings)
         params = [p for group in groups for p in group["params"]]
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
         self._distributed = [p for p in params if id(p) not in self._routes.ordinary and routing.within(p) is not p]
         self._place_gradients()
-        self._create_state(optimizer)
-        self.counts = [self._counts(optimizer, group) for group in groups]
+        self._create_state(optimizer, groups, settings)
+        self.counts = [self._counts(optimizer, *each) for each in zip(groups, settings, strict=True)]
         used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
         self._made |= {name: self._make_plan(name) for name in used - self._made.keys()}
         for name in self._plans.keys() - used:
@@ -240,14 +241,13 @@ class Engine:
             takes = [[self._routes[id(p)].backend == name for p in group["params"]] for group in groups]
             rows = [
                 [self._rows(setting, p) for p in group["params"]]
-                for group, setting in zip(groups, map(self.settings.of, groups), strict=True)
+                for group, setting in zip(groups, settings, strict=True)
             ]
             fresh = [[self._is_fresh(optimizer, p) for p in group["params"]] for group in groups]
             plan.build(groups, optimizer.state, takes, rows, fresh)
 
-    def _counts(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    def _counts(self, optimizer: Optimizer, group: dict[str, Any], setting: Setting) -> bool:
         """Whether all counters of a group are where a device's kernels advance them."""
-        setting = self.settings.of(group)
         if not self.rule.counters or not setting.counts_on_device:
             return False
         as_one = self.rule.slow is not None and not self.rule.period(setting.h)
@@ -284,9 +284,9 @@ class Engine:
             return triton.make_plan(names, self.settings.of)
         return PythonPlan(self.settings.of)
 
-    def routes(self, optimizer: Optimizer) -> Routes:
-        """Who takes each parameter, by its id, as things stand now."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+    def routes(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> Routes:
+        """Who takes each parameter of the optimizer's groups, by its id, as things stand now."""
+        params = [p for group in groups for p in group["params"]]
         unusual = routing.operations_are_watched() or routing.why_not_containers(optimizer)
         if unusual:
             rest = "torch" if self.torch_step else "reference"
@@ -295,8 +295,7 @@ class Engine:
         sharing = set() if apart else routing.sharing(params)
         found = Routes(ordinary=compress(map(id, params), ordinary))
         alike: dict[tuple[Any, ...], Route] = {}  # what an ordinary parameter's route depends on
-        for group in optimizer.param_groups:
-            setting = self.settings.of(group)
+        for group, setting in zip(groups, settings, strict=True):
             for p in group["params"]:
                 shares = id(p) in sharing
                 if id(p) not in found.ordinary:
@@ -356,14 +355,16 @@ class Engine:
             for p in params
         )
 
-    def _create_state(self, optimizer: Optimizer) -> None:
+    def _create_state(
+        self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], settings: Sequence[Setting]
+    ) -> None:
         """All of it, or on an error none of it: a step that ran out of memory can be repeated."""
         pending: list[tuple[Tensor, dict[str, Tensor]]] = []
-        groups = [(self.settings.of(group), group["params"]) for group in optimizer.param_groups]
-        complete = iter(native.find_complete(groups, optimizer.state))
-        for i, (setting, params) in enumerate(groups):
+        members = [(setting, group["params"]) for setting, group in zip(settings, groups, strict=True)]
+        complete = iter(native.find_complete(members, optimizer.state))
+        for i, (setting, params) in enumerate(members):
             for k, p in enumerate(params):
-                if next(complete) and id(p) in self._routes.ordinary:
+                if next(complete, 0) and id(p) in self._routes.ordinary:
                     continue
                 if self._routes[id(p)].backend == "torch":
                     continue

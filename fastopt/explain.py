@@ -106,12 +106,12 @@ def explain(optimizer: Optimizer) -> Explanation:
         >>> print(fastopt.explain(fastopt.Adam(torch.nn.Linear(4, 2).parameters())))  # doctest: +SKIP
     """
     engine, owner, period = _engine(optimizer)
-    routes = engine.routes(owner)
+    settings = list(map(engine.settings.of, owner.param_groups))
+    routes = engine.routes(owner, owner.param_groups, settings)
     groups: list[GroupRow] = []
     chains: dict[tuple[Route, str, str], list[tuple[Tensor, Setting, int]]] = {}
     fallbacks: dict[tuple[int, str, str], list[int]] = {}
-    for i, group in enumerate(owner.param_groups):
-        setting = engine.settings.of(group)
+    for i, (group, setting) in enumerate(zip(owner.param_groups, settings, strict=True)):
         params: list[Tensor] = group["params"]
         groups.append(_group_row(i, group, setting, owner))
         for k, p in enumerate(params):

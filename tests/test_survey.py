@@ -268,8 +268,10 @@ def test_routes_are_those_of_the_closer_look(strange: str, monkeypatch: pytest.M
         params += [params[0]]
         with pytest.warns(UserWarning, match="duplicate"):
             optimizer = fastopt.SGD([{"params": params}, {"params": [torch.ones(3)], "differentiable": True}], lr=0.1)
-        found = _engine(optimizer)[0].routes(optimizer)
-        return [found[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        engine = _engine(optimizer)[0]
+        groups = optimizer.param_groups
+        found = engine.routes(optimizer, groups, list(map(engine.settings.of, groups)))
+        return [found[id(p)] for group in groups for p in group["params"]]
 
     quick = routes()
     monkeypatch.setattr(native, "find_ordinary", lambda params: (bytes(len(params)), False))
