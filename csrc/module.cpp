@@ -81,6 +81,17 @@ PyMethodDef step_method = {
     "step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&step)), METH_FASTCALL,
     "One step of the optimizer with this __dict__, on these streams; False if it is not for it."};
 
+// A stream, where the overflow flag is and where the loss scale.
+using Addresses = std::vector<std::array<uintptr_t, 3>>;
+
+std::vector<Plan::DeviceStep> device_steps(const Addresses& given) {
+  std::vector<Plan::DeviceStep> steps;
+  for (const auto& [stream, found_inf, grad_scale] : given)
+    steps.push_back({reinterpret_cast<void*>(stream), reinterpret_cast<const float*>(found_inf),
+                     reinterpret_cast<const float*>(grad_scale)});
+  return steps;
+}
+
 // Asks the kernel to back memory with huge pages, before it is first touched. Only advice: a refusal changes nothing.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
@@ -153,11 +164,9 @@ PYBIND11_MODULE(_C, m) {
              return py::make_tuple(bytes(found.gradients()), taken);
            })
       .def("device_launches", &Plan::device_launches)
-      .def("launch", [](Plan& plan, const std::vector<std::array<uintptr_t, 3>>& steps) {
-        std::vector<Plan::DeviceStep> with;
-        for (const auto& [stream, found_inf, grad_scale] : steps)
-          with.push_back({reinterpret_cast<void*>(stream), reinterpret_cast<const float*>(found_inf),
-                          reinterpret_cast<const float*>(grad_scale)});
-        plan.launch(with);
-      });
+      .def("run",
+           [](Plan& plan, py::object groups, py::object state, py::object sync, const Addresses& steps) {
+             return translated([&] { return plan.run(groups.ptr(), state.ptr(), sync.ptr(), device_steps(steps)); });
+           })
+      .def("launch", [](Plan& plan, const Addresses& steps) { plan.launch(device_steps(steps)); });
 }

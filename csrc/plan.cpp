@@ -237,6 +237,18 @@ bool Plan::decide(Group& group, PyObject* asked) {
   return true;
 }
 
+bool Plan::find_and_run(PyObject* groups, PyObject* state, PyObject* sync, const std::vector<DeviceStep>& steps) {
+  find(groups, state, sync);
+  if (!gathered_) return false;
+  run_all(steps);
+  return true;
+}
+
+bool Plan::run(PyObject* groups, PyObject* state, PyObject* sync, const std::vector<DeviceStep>& steps) {
+  const Turn turn(*this);
+  return steps.size() == devices_.size() && find_and_run(groups, state, sync, steps);
+}
+
 bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {
   const Turn turn(*this);
   if (steps.size() != devices_.size()) return false;
@@ -249,11 +261,7 @@ bool Plan::step(PyObject* optimizer, const std::vector<DeviceStep>& steps) {
   // Held, for another thread may exchange them while Python code runs.
   const Ref groups(PyDict_GetItemWithError(optimizer, names().param_groups));
   const Ref state(PyDict_GetItemWithError(optimizer, names().state));
-  if (!groups || !state) return false;
-  find(groups.get(), state.get(), Py_None);
-  if (!gathered_) return false;
-  run_all(steps);
-  return true;
+  return groups && state && find_and_run(groups.get(), state.get(), Py_None, steps);
 }
 
 }  // namespace fastopt

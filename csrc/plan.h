@@ -52,8 +52,11 @@ class Plan {
     const float* grad_scale;
   };
   void launch(const std::vector<DeviceStep>& steps);
-  // gather() and launch() for an optimizer that this plan serves alone, given its __dict__ and the stream to use on
-  // each of devices(). False if there is more to do than that, and then nothing has changed.
+  // gather() and launch() in one, so that nothing has to be kept alive in between. False if the plan has to be built
+  // anew, and then nothing has changed.
+  bool run(PyObject* groups, PyObject* state, PyObject* sync, const std::vector<DeviceStep>& steps);
+  // The same for an optimizer that this plan serves alone, given its __dict__ and the stream to use on each of
+  // devices(). False also if there is more to do than that.
   bool step(PyObject* optimizer, const std::vector<DeviceStep>& steps);
   // How many kernels the last launch() started on devices.
   int device_launches() const;
@@ -180,6 +183,7 @@ class Plan {
   void find(PyObject* groups, PyObject* state, PyObject* sync);
   Verdict inspect(PyObject* groups, PyObject* state, PyObject* sync);
   bool find_all(PyObject* state, PyObject* sync);
+  bool find_and_run(PyObject* groups, PyObject* state, PyObject* sync, const std::vector<DeviceStep>& steps);
   void run_all(const std::vector<DeviceStep>& steps);
   void keep();
   bool has_groups(PyObject* groups) const;
@@ -227,7 +231,7 @@ class Plan {
   Item item(const Entry& entry, const Found& found) const;
   void commit(Entry& entry, const Found& found);
   void launch_kernels(const std::vector<DeviceStep>& steps);
-  void run(bool counts, bool updates);
+  void run_kernels(bool counts, bool updates);
   const Row* row_for(Group& group, RowKey key);
   void read_symbolic(Group& group) const;
   void trim();

@@ -126,7 +126,7 @@ void Plan::prefetch_data(size_t k) const {
 
 // Each thread counts its tensors, then updates them. One by one would be slower: a counter is written atomically, and
 // what follows that waits for it.
-void Plan::run(bool counts, bool updates) {
+void Plan::run_kernels(bool counts, bool updates) {
   shares_.run(
       [=, this](size_t first, size_t last) {
         if (!counts) return;
@@ -164,11 +164,11 @@ void Plan::launch_kernels(const std::vector<DeviceStep>& steps) {
   // The devices first: they work while the host counts. (If a launch fails, none of this step was counted.)
   for (size_t k = 0; k < devices_.size(); ++k)
     devices_[k].launch(steps[k].stream, steps[k].found_inf, steps[k].grad_scale);
-  if (shares_.elements() < release_above) return run(true, true);
-  run(true, false);
+  if (shares_.elements() < release_above) return run_kernels(true, true);
+  run_kernels(true, false);
   keep();  // another thread may drop gradients and states while the kernels use them
   const Unlocked unlocked;
-  run(false, true);
+  run_kernels(false, true);
 }
 
 void Plan::keep() {

@@ -82,6 +82,7 @@ class Engine:
         self._made: dict[str, Any] = {}  # for good: captured graphs read tables that their plan keeps
         self._plans: dict[str, Any] = {}  # those of them that take part in steps as the last one
         self._routes = Routes()
+        self._on_devices = False  # all of them are taken by kernels of devices
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
         self._created: list[tuple[Tensor, dict[str, Tensor]]] = []  # for this step, until the kernels begin
@@ -92,11 +93,12 @@ class Engine:
         self._watched = False  # by a mode that wants to see torch's operators
         self.whole_step: Callable[[dict[str, Any]], bool] | None = None
         """A step like the last one in a single call, if one plan does it all: see `native.Plan.whole_step`."""
+        self._run: Callable[..., bool] | None = None  # likewise, with the groups, state and `sync`: `native.Plan.run`
         self.counts: list[bool] = []  # by group, whether its steps are counted on a device, where nobody waits for them
 
     def release(self) -> None:
         """Let go of what belonged to the last step: state that was replaced must not stay allocated until the next."""
-        self.whole_step = None
+        self.whole_step = self._run = None
         self._torch, self._distributed = {}, []
         for plan in self._made.values():
             plan.release()
@@ -124,6 +126,8 @@ class Engine:
             self._misplaced.clear()
 
     def _step(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> bool:
+        if self._run is not None and given is NONE and self._run(optimizer.param_groups, optimizer.state, sync):
+            return True
         self._created = []
         try:
             scaled = self._until_launch(optimizer, given, sync)
@@ -141,7 +145,7 @@ class Engine:
         alone = len(self._plans) == 1 and not (self._torch or self._fresh or self._redistributes)
         if self.whole_step is None and alone:
             (plan,) = self._plans.values()
-            self.whole_step = getattr(plan, "whole_step", None)
+            self.whole_step, self._run = getattr(plan, "whole_step", None), getattr(plan, "run", None)
         return True
 
     def _until_launch(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> Amp | None:
@@ -189,7 +193,7 @@ class Engine:
             if (placed := routing.redistributed(p)) is not None:
                 assert p.grad is not None
                 self._misplaced[p], p.grad = p.grad, placed
-                self._redistributes, self.whole_step = True, None
+                self._redistributes, self.whole_step, self._run = True, None, None
 
     def _settled(self, scaled: Amp) -> Amp | None:
         """`scaled` without an overflow that cannot be left to the kernels; None if there was one."""
@@ -199,7 +203,7 @@ class Engine:
 
     def _defers(self) -> bool:
         """Whether all that an overflow must leave alone is in the hands of kernels that look for it themselves."""
-        if not self._routes or not all(route.device for route in self._routes.values()) or self._fresh:
+        if not self._on_devices or self._fresh:
             return False
         return all(self.counts) if self.rule.counters else self.rule.slow is None
 
@@ -221,12 +225,13 @@ class Engine:
                 "gradients are not what they were): run a step on the same tensors before capturing"
             )
         groups: list[dict[str, Any]] = list(optimizer.param_groups)  # to which another thread may add
-        self.whole_step = None
+        self.whole_step = self._run = None
         self.settings.room = max(self.settings.room, 2 * len(groups))
         self._unusual = bool(routing.why_not_containers(optimizer))
         settings = list(map(self.settings.of, groups))
         self._routes = self.routes(optimizer, groups, settings)
         params = [p for group in groups for p in group["params"]]
+        self._on_devices = bool(params) and all(route.device for route in self._routes.values())
         self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
         self._distributed = [p for p in params if id(p) not in self._routes.ordinary and routing.within(p) is not p]
         self._place_gradients()
@@ -392,6 +397,8 @@ class Engine:
         """The gradients that no device's kernels unscale: those of our kernels' parameters, and of torch's."""
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
+        if self._on_devices:
+            return ours, theirs
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if p.grad is not None and not self._routes[id(p)].device:
                 (theirs if id(p) in self._torch else ours).append(p.grad)
@@ -424,9 +431,10 @@ def _unscale(grads: list[Tensor], scale: Tensor | None) -> None:
     """Divide gradients by the loss scale and write them back, as torch's fused kernels and those of devices do."""
     if scale is None:
         return
+    there = {device: scale.to(device) for device in {grad.device for grad in grads}}
     with torch.no_grad():
         for grad in grads:
-            grad.div_(scale.to(grad.device))
+            grad.div_(there[grad.device])
 
 
 @contextmanager

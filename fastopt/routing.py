@@ -180,6 +180,8 @@ def _storage_end(t: Tensor) -> int:
 
 def overlaps_itself(t: Tensor) -> bool:
     """Whether two elements may share memory; exact for views made by torch, cautious otherwise."""
+    if t.is_contiguous():
+        return False
     reach = 1
     for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
         if stride < reach:

@@ -237,13 +237,13 @@ def test_states_that_pass_lack_nothing(case: Any, dtype: torch.dtype) -> None:
     assert (native.find_complete([(setting, [p])], {}) == b"\1") == lacks_nothing(setting, p, {})
 
 
-@pytest.mark.parametrize("backend", ["native", "emulated"])
-def test_the_closer_look_is_for_one_of_many_alike(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["native", "emulated"])
+def test_the_closer_look_is_for_one_of_many_alike(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a step which finds all parameters elsewhere does not take a Python's time for each."""
-    if reason := fastopt.backends.why_not(backend):
+    if reason := fastopt.backends.why_not(kernels):
         pytest.skip(reason)
     params = [nn.Parameter(torch.ones(3)) for _ in range(50)]
-    optimizer = fastopt.AdamW(params, backend=backend)
+    optimizer = fastopt.AdamW(params, backend=kernels)
     looked: list[Any] = []
     for name in ("why_not_tensor", "why_not_grad", "sharing", "within"):
         usual = getattr(routing, name)

@@ -105,6 +105,29 @@ def test_the_second_step_is_one_call() -> None:
     assert is_whole(optimizer)
 
 
+@pytest.mark.parametrize("way", ["hook", "closure", "lookahead"])
+def test_steps_with_more_around_them_are_one_call_too(way: str) -> None:
+    """What is found and used in one call needs not be kept alive from one to the next, tensor by tensor."""
+
+    def make(params: Any, backend: str) -> Any:
+        optimizer = fastopt.Adam(params, backend=backend)
+        if way == "hook":
+            optimizer.register_step_post_hook(lambda *args: None)
+        return fastopt.Lookahead(optimizer, k=2) if way == "lookahead" else optimizer
+
+    twins = Twins(make)
+    closure = (lambda: None) if way == "closure" else None
+    twins.step(2)
+    plan = twins.ours.engine()._plans[twins.backend]
+    if Twins.backend != "triton":  # whose kernels are started from Python, between the two
+        plan.gather = plan.launch = None
+    for t in range(3, 6):
+        for params, optimizer in zip(twins.params, (twins.ours, twins.theirs), strict=True):
+            give(params, t, absent=lambda i, t=t: i == t)
+            optimizer.step(closure)
+        twins.compare()
+
+
 @pytest.mark.parametrize("where", ["pre", "post", "global pre", "global post"])
 def test_hooks_registered_later_are_called(where: str) -> None:
     params = parameters()

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastopt.backends.amp import Amp
+from fastopt.backends.amp import NONE, Amp
 from fastopt.chain import Chain
-from fastopt.setting import PULL, Setting
+from fastopt.setting import PULL, Groups, Setting, State
 
 Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
 """Keys of a group that make a setting, state keys of counters, and keys of a group that mean nothing here."""
@@ -231,6 +231,12 @@ class Plan:
 
     def launch(self, amp: Amp) -> None:
         self._core.launch([self._step(device, amp) for device in self._core.devices()])
+
+    def run(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
+        """`gather` and `launch` in one, for which nothing has to be kept alive in between: of a thousand small tensors
+        that takes longer than the rest. False if the plan has to be built anew, and then nothing has changed."""
+        steps = [self._step(device, NONE) for device in self._core.devices()]
+        return bool(self._core.run(groups, state, sync, steps))
 
     @property
     def whole_step(self) -> Callable[[dict[str, Any]], bool]:
