@@ -166,6 +166,13 @@ def _rule(label: str, rivals: Family = "torch") -> list[Case]:
     ]
 
 
+def _lookahead() -> Case:
+    """Around our Adam, whose step then makes the slow weights too; the others' goes around torch's foreach step."""
+    kind = RULES["Lookahead, Adam"]
+    name, cycle = "lookahead, adam 1000x64", kind.cycle
+    return Case(name, "rules", "1000x64", TINY, "peers", kind, steps_per_round=cycle, warm_up=2, seconds=5)
+
+
 def _structure(name: str, size: str, workload: Workload, yardstick: Yardstick) -> Case:
     goals = (Goal("cost", "≤", 1.5),)
     return Case(name, "structure", size, workload, "fused", yardstick=yardstick, goals=goals, seconds=4)
@@ -292,6 +299,7 @@ CASES: tuple[Case, ...] = (
     _adam("1x50,000,000", HUGE, faster=1.05, seconds=16),
     *(case for label in UNFUSED for case in _rule(label)),
     *_rule("Ranger", "peers"),
+    _lookahead(),
     *(_grouped(400, 64, settings) for settings in (1, 4, 28)),
     _grouped(465, 1000, 28),
     _half_absent(),
