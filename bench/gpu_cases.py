@@ -96,6 +96,19 @@ def _sharded(count: int, numel: int) -> GpuCase:
     return _small(count, numel, workload=workload, seconds=4.0, least_rounds=12, **changes)
 
 
+def _lookahead(count: int, numel: int) -> GpuCase:
+    kind = RULES["Lookahead, Adam"]
+    name = f"small lookahead, adam {count:,}x{numel:,}"
+    return _small(count, numel, name=name, kind=kind, rivals="peers", steps_per_round=kind.cycle, seconds=3.0)
+
+
+def _moved(count: int, numel: int) -> GpuCase:
+    """The tables on the device are made and sent anew in every step."""
+    workload = replace(_workload(count, numel, "fp32"), moved=True)
+    size = f"{count:,}x{numel:,}"
+    return _small(count, numel, name=f"moved adam {size}", table="gpu moved", workload=workload, least_rounds=12)
+
+
 def _misaligned(mix: str) -> GpuCase:
     workload = replace(_workload(200, 1_000_000, mix), misaligned=True)
     return _device("misaligned", "Adam", 200, 1_000_000, mix, workload=workload, goals=(Goal("speedup", "≥", 1),))
@@ -209,6 +222,8 @@ GPU_CASES: tuple[GpuCase, ...] = (
     _counted(1000, 1000),
     _counted(10, 1000),
     _sharded(300, 10_000),
+    _lookahead(1000, 1000),
+    _moved(300, 10_000),
     _rule("Adam", MIXED),
     _model("ResNet-50"),
     _model("GPT-2"),

@@ -178,6 +178,12 @@ def advise_huge_pages(t: Tensor) -> None:
         module.advise_huge_pages(t.data_ptr(), t.untyped_storage().nbytes())
 
 
+def pinned(host: Tensor, device: torch.device) -> Tensor:
+    """Host memory from which it can be copied to a device without anyone waiting for what that is doing. (When it is let
+    go of, torch gives it to others only after the copies.)"""
+    return host if device.type == "cpu" else host.pin_memory()
+
+
 class DeviceMemory:
     """Memory for the tables of a plan, from torch's allocator.
 
@@ -200,7 +206,7 @@ class DeviceMemory:
 
     def upload(self, to: Tensor, address: int, nbytes: int) -> None:
         host = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
-        to[:nbytes].copy_(host)  # returns when the host memory may be reused
+        to[:nbytes].copy_(pinned(host, to.device), non_blocking=True)
 
     def stream(self, device: int) -> int:
         """The current one, as its raw handle."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastopt.backends import native
 from fastopt.backends.triton import kernels
 
 
@@ -170,9 +171,9 @@ class Bucket:
         ]  # fmt: skip
         # Items are numbered tensor by tensor; the largest tensors start first, so that the last programs are short.
         order = torch.argsort(lengths, descending=True, stable=True) if key.mean != kernels.SPLIT else None
-        self.items = item_map(counts, order).to(key.device)
+        self.items = _sent(item_map(counts, order), key.device)
         self.programs = int(counts.sum())
-        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(key.device)
+        self.table = _sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), key.device)
         split = key.mean == kernels.SPLIT
         self.partials = torch.empty(2 * self.programs if split else 2, dtype=torch.float64, device=key.device)
         self.stream = stream_of(key.device)
@@ -185,7 +186,7 @@ class Bucket:
 
     def list_counters(self) -> None:
         addresses = [[c.data_ptr() for c in e.counters] for e in self.entries]
-        self.counters = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(self.key.device)
+        self.counters = _sent(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self.key.device)
 
     def _counts(self, lengths: Tensor) -> Tensor:
         """How many work items each entry has."""
@@ -195,6 +196,10 @@ class Bucket:
         slices = torch.tensor([max(1, e.slice) for e in self.entries], device="cpu")
         rows = lengths // slices
         return rows if self.key.mean == kernels.ROWS else rows * ((slices + chunk - 1) // chunk)
+
+
+def _sent(host: Tensor, device: torch.device) -> Tensor:
+    return native.pinned(host, device).to(device, non_blocking=True)
 
 
 def item_map(counts: Tensor, order: Tensor | None = None) -> Tensor:
