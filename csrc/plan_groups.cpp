@@ -1,6 +1,7 @@
 // The plan's walk over what Python holds: param_groups, their hyper-parameters, and optimizer.state.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "plan.h"
@@ -15,13 +16,19 @@ bool holds(const std::vector<Ref>& refs, PyObject* object) {
   return std::any_of(refs.begin(), refs.end(), [&](const Ref& ref) { return ref.get() == object; });
 }
 
+// Also numpy's, which schedules computed with numpy leave in groups.
+bool is_float(PyObject* value) {
+  return PyFloat_CheckExact(value) ||
+         (PyFloat_Check(value) && std::strcmp(Py_TYPE(value)->tp_name, "numpy.float64") == 0);
+}
+
 bool is_immutable_number(PyObject* value) {
   if (PyTuple_CheckExact(value)) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
       if (!is_immutable_number(PyTuple_GET_ITEM(value, i))) return false;
     return true;
   }
-  if (PyFloat_CheckExact(value)) {  // -0.0 is another number than the 0.0 it equals
+  if (is_float(value)) {  // -0.0 is another number than the 0.0 it equals
     const double x = PyFloat_AS_DOUBLE(value);
     return x != 0 || !std::signbit(x);
   }
@@ -108,7 +115,7 @@ bool Plan::check_group(Group& group, PyObject* dict) {
     if (key != group.items[i].get())
       same = false;
     else if (group.items[i + 1] && value != group.items[i + 1].get()) {
-      same = group.quick && i + 1 == group.lr_at && PyFloat_CheckExact(value);
+      same = group.quick && i + 1 == group.lr_at && is_float(value);
       lr = value;
     }
   }

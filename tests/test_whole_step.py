@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.optim.optimizer as torch_optimizer
@@ -237,6 +238,17 @@ def test_learning_rates_that_change_at_every_step(case: Case) -> None:
     for rate in RATES:
         twins.edit(lambda optimizer, rate=rate: optimizer.param_groups[0].update(lr=rate))
         twins.step()
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.array, torch.tensor, float])
+def test_rates_of_other_kinds(kind: Callable[[float], Any]) -> None:
+    """As schedules computed with numpy leave them in groups."""
+    twins = Twins(lambda params, backend: fastopt.AdamW(params, backend=backend))
+    twins.step(2)
+    for rate in (0.1, 0.1, -0.0, 0.0, 0.05):
+        values = {"lr": kind(rate), "weight_decay": kind(rate)}
+        twins.edit(lambda optimizer, values=values: optimizer.param_groups[0].update(values))
+        twins.step(2)
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf])

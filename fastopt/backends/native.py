@@ -179,8 +179,8 @@ def advise_huge_pages(t: Tensor) -> None:
 
 
 def pinned(host: Tensor, device: torch.device) -> Tensor:
-    """Host memory from which it can be copied to a device without anyone waiting for what that is doing. (When it is let
-    go of, torch gives it to others only after the copies.)"""
+    """Host memory that can be copied to a device without waiting for what that is doing. (When it is let go of, torch
+    gives it to others only after the copies.)"""
     return host if device.type == "cpu" else host.pin_memory()
 
 
