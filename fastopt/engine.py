@@ -103,6 +103,11 @@ class Engine:
         for plan in self._made.values():
             plan.release()
 
+    def renew(self) -> None:
+        """The state is another: loaded, and so not that of a first step, even if tensors of it are those that were."""
+        self._fresh = {}
+        self.release()
+
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
         """One step of everything that has a gradient; False if an overflow was found and nothing happened.
 

@@ -71,6 +71,34 @@ def test_loading_keeps_every_dtype_bit_for_bit_and_shares_nothing(
     )  # fmt: skip
 
 
+@pytest.mark.contract("state")
+@parametrize(EVERY_RULE, ("fp32", "bf16"))
+def test_a_state_that_was_read_into_its_own_tensors_stays_in_them(
+    case: Case, dtype: torch.dtype, backend: str
+) -> None:
+    """As torch.distributed.checkpoint reads: there need not be memory for another one."""
+    optimizer, built = mid_run(case, dtype, backend)
+    saved = copied(optimizer.state_dict())
+    other = fresh(case, dtype, built)
+    elsewhere = case.make(other.groups, backend)
+    elsewhere.load_state_dict(saved)
+    values = [p.detach().clone() for p in built.params]
+    want = advance(elsewhere, other, SAVED_AFTER, SAVED_AFTER + 2)
+    assert_same(advance(optimizer, built, SAVED_AFTER, SAVED_AFTER + 2), want)
+    with torch.no_grad():
+        for p, value in zip(built.params, values, strict=True):
+            p.copy_(value)
+    own = {i: optimizer.state_dict()["state"][i] for i in saved["state"]}
+    for i, states in own.items():
+        for key, value in states.items():
+            value.copy_(saved["state"][i][key])
+    held = {id(value) for states in own.values() for value in states.values()}
+    optimizer.load_state_dict({"state": own, "param_groups": saved["param_groups"]})
+    for states in optimizer.state.values():
+        assert all(id(states[key]) in held for key in states.keys() - set(oracles.SCALAR_STATES))
+    assert_same(advance(optimizer, built, SAVED_AFTER, SAVED_AFTER + 2), want)
+
+
 @pytest.mark.contract("state", difference=("dtypes of loaded states", "ownership of loaded states"))
 def test_torch_casts_and_shares_states() -> None:
     """What the test above is about, so that the claim stays true."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
 from threading import get_ident
@@ -205,8 +205,8 @@ class Fused(_Base):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, ours or torch.optim's.
 
-        Unlike torch's, this copies every tensor and keeps its dtype, and rejects a state whose shapes do not fit
-        before anything is changed.
+        Unlike torch's, this copies every tensor that is not this optimizer's own, keeps its dtype, and rejects a state
+        whose shapes do not fit before anything is changed.
 
         Raises:
             ValueError: The groups or the shapes do not match this optimizer's parameters.
@@ -230,12 +230,12 @@ class Fused(_Base):
         loaded = self.__dict__.pop("_loaded", None)
         if loaded is not None:
             _check_checkpoint(type(self).__name__, self.rule, loaded)
-            state = state | {"state": _faithful(self.rule, state, loaded)}
+            state = state | {"state": _faithful(self.rule, state, loaded, self.state)}
         _complete_counters(self.rule, state)
         hide()
         super().__setstate__(state)
         if (engine := vars(self).get("_engine")) is not None:
-            engine.release()
+            engine.renew()
 
 
 def _check_capture(optimizer: Any) -> None:
@@ -284,8 +284,14 @@ def _completed(rule: Rule, group: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys((*rule.optional, *FLAGS), 0) | group
 
 
-def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defaultdict[Any, dict[str, Any]]:
-    """The state as it was saved: torch casts every tensor to its parameter's dtype and shares the caller's memory."""
+def _faithful(
+    rule: Rule, state: dict[str, Any], loaded: dict[str, Any], own: Mapping[Any, Any]
+) -> defaultdict[Any, dict[str, Any]]:
+    """The state as it was saved: torch casts every tensor to its parameter's dtype and shares the caller's memory.
+
+    What is in `own` stays what it is: a distributed checkpoint is read into the state that there is, and there may be no
+    memory for another.
+    """
     result: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state["state"])
     groups = zip(loaded["param_groups"], state["param_groups"], strict=True)
     settings = Settings(rule)
@@ -309,7 +315,8 @@ def _faithful(rule: Rule, state: dict[str, Any], loaded: dict[str, Any]) -> defa
                         f"has {tuple(p.shape)}: load a state that was saved for this model"
                     )
                 device = result[p][key].device if key in rule.counters else p.device
-                result[p][key] = memory.copy_of(value, device)
+                mine = own.get(p, {}).get(key) is value and value.device == device
+                result[p][key] = value if mine else memory.copy_of(value, device)
     return result
 
 

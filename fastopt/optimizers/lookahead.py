@@ -320,12 +320,14 @@ class Lookahead(SlowWeights, Optimizer):
                 group.setdefault(key, value)
             self._complete(group)
         if (held := vars(self).get("_held")) is not None:
-            held[1].release()
+            held[1].renew()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _detached(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The dict with slow weights of its own, their shapes checked: torch would share the caller's tensors."""
+        """The dict with slow weights of its own, their shapes checked. Our optimizers copy them; torch's would share the
+        caller's tensors."""
+        copies = isinstance(self.optimizer, Fused)
         saved = {name: dict(value) for name, value in state_dict["state"].items()}
         for i, (group, ours) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
             for name, p in zip(group["params"], ours["params"], strict=False):
@@ -337,7 +339,8 @@ class Lookahead(SlowWeights, Optimizer):
                         f"{SLOW} for parameter {name} in group {i} has shape {tuple(slow.shape)}, the parameter has "
                         f"{tuple(p.shape)}: load a state that was saved for this model"
                     )
-                saved[name][SLOW] = slow.detach().clone()
+                if not copies and self.state.get(p, {}).get(SLOW) is not slow:
+                    saved[name][SLOW] = slow.detach().clone()
         return state_dict | {"state": saved}
 
     def __getstate__(self) -> dict[str, Any]:
