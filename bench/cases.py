@@ -33,8 +33,8 @@ class Workload:
     objects (for sizes at which the copies would not fit, and only to those that leave gradients as they are: optimi
     does not). `misaligned` tensors begin one element after a multiple of 16
     bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate. `moved`: every step finds
-    the parameters in other memory, as `p.data = ...` leaves them. `sharded`: parameters and gradients are DTensors, as
-    FSDP2 makes them, in a group of one process.
+    the parameters in other memory, as `p.data = ...` leaves them. `cleared`: zero_grad() after a step is part of it.
+    `sharded`: parameters and gradients are DTensors, as FSDP2 makes them, in a group of one process.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -46,6 +46,7 @@ class Workload:
     misaligned: bool = False
     scheduled: bool = False
     moved: bool = False
+    cleared: bool = False
     sharded: bool = False
 
     @property
@@ -199,6 +200,12 @@ def _scheduled() -> Case:
     return _structure("scheduled 1000x64", size, replace(TINY, scheduled=True), constant)
 
 
+def _cleared() -> Case:
+    kept = Yardstick("fastopt, the step alone", workload=TINY)
+    size, workload, goals = "1000x64, with zero_grad", replace(TINY, cleared=True), (Goal("speedup", "≥", 1),)
+    return Case("cleared 1000x64", "structure", size, workload, "fast", yardstick=kept, goals=goals, seconds=4)
+
+
 def _moved() -> Case:
     """As sharpness-aware minimisation, and swapping weights in and out, leave parameters."""
     stays = Yardstick("fastopt, memory that stays", workload=TINY)
@@ -305,6 +312,7 @@ CASES: tuple[Case, ...] = (
     _half_absent(),
     _scheduled(),
     _moved(),
+    _cleared(),
     _misaligned(),
     _sharded("1000x64", TINY),
     _sharded("300x10,000", Workload(tensors(300, 10_000))),

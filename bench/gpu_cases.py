@@ -109,6 +109,11 @@ def _moved(count: int, numel: int) -> GpuCase:
     return _small(count, numel, name=f"moved adam {size}", table="gpu moved", workload=workload, least_rounds=12)
 
 
+def _cleared(count: int, numel: int) -> GpuCase:
+    workload = replace(_workload(count, numel, "fp32"), cleared=True)
+    return _small(count, numel, name=f"cleared adam {count:,}x{numel:,}", table="gpu cleared", workload=workload)
+
+
 def _misaligned(mix: str) -> GpuCase:
     workload = replace(_workload(200, 1_000_000, mix), misaligned=True)
     return _device("misaligned", "Adam", 200, 1_000_000, mix, workload=workload, goals=(Goal("speedup", "≥", 1),))
@@ -223,6 +228,7 @@ GPU_CASES: tuple[GpuCase, ...] = (
     _counted(10, 1000),
     _sharded(300, 10_000),
     _lookahead(1000, 1000),
+    _cleared(1000, 1000),
     _moved(300, 10_000),
     _rule("Adam", MIXED),
     _model("ResNet-50"),

@@ -302,6 +302,7 @@ ALL: tuple[Part, ...] = (
     _hosted("Small tensors: Adam, fp32, step and the wait for the device", "gpu small"),
     _rested,
     _hosted("The same with `fused=True` for all, which keeps the steps on the device", "gpu counted"),
+    _hosted("The same with zero_grad() after the step", "gpu cleared"),
     _hosted("The same where every step finds the parameters in other memory", "gpu moved"),
     _hosted("The same of AdamW, whose parameters are DTensors, as FSDP2 makes them, in a group of one", "gpu sharded"),
     _groups,

@@ -114,6 +114,8 @@ class OptimizerRunner:
 
     def run(self) -> None:
         self.optimizer.step()
+        if self.tensors.workload.cleared:
+            self.optimizer.zero_grad()
 
 
 def shard(value: Tensor, parameter: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "cuda_driver.h"
+#include "gradients.h"
 #include "plan.h"
 #include "survey.h"
 
@@ -122,6 +123,12 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("find_complete", [](py::object groups, py::dict state) {
     return py::bytes(translated([&] { return fastopt::find_complete(groups.ptr(), state.ptr()); }));
+  });
+  m.def("drop_gradients", [](py::object groups) {
+    py::list left;
+    for (const fastopt::Ref& param : translated([&] { return fastopt::drop_gradients(groups.ptr()); }))
+      left.append(py::handle(param.get()));
+    return left;
   });
   py::class_<Plan> plan(m, "Plan", py::custom_type_setup(collectable));
   plan.attr("step") =

@@ -73,9 +73,7 @@ def test_loading_keeps_every_dtype_bit_for_bit_and_shares_nothing(
 
 @pytest.mark.contract("state")
 @parametrize(EVERY_RULE, ("fp32", "bf16"))
-def test_a_state_that_was_read_into_its_own_tensors_stays_in_them(
-    case: Case, dtype: torch.dtype, backend: str
-) -> None:
+def test_a_state_that_was_read_into_its_own_tensors_stays_in_them(case: Case, dtype: torch.dtype, backend: str) -> None:
     """As torch.distributed.checkpoint reads: there need not be memory for another one."""
     optimizer, built = mid_run(case, dtype, backend)
     saved = copied(optimizer.state_dict())

@@ -171,6 +171,15 @@ def find_complete(groups: Sequence[tuple[Setting, Sequence[Tensor]]], state: dic
     return found
 
 
+def drop_gradients(groups: Sequence[dict[str, Any]]) -> list[Tensor] | None:
+    """Set ``p.grad = None`` for all parameters but those returned, which are no plain torch tensors; None: for none."""
+    module = extension()
+    if module is None:
+        return None
+    left: list[Tensor] = module.drop_gradients(groups)
+    return left
+
+
 def advise_huge_pages(t: Tensor) -> None:
     """Ask for huge pages behind a tensor that was allocated but not yet written to."""
     module = extension()

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from fastopt import backends, memory
+from fastopt.backends import native
 from fastopt.engine import Engine
 from fastopt.optimizers.slow import OF_LOOKAHEAD
 from fastopt.plan import create_counter
@@ -46,6 +47,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 # torch's own objects, bound here because every look-up is a cache miss in a training's step.
 _pre_hooks, _post_hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 
 
 def _always() -> bool:
@@ -195,6 +197,21 @@ class Fused(_Base):
             self.engine().step(self, amp=self)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Let go of the gradients of all parameters, or fill them with zeros.
+
+        Args:
+            set_to_none: Let go of them, so that the next step leaves alone what has got no new one.
+        """
+        # torch's own makes a Python object of every gradient before it lets go of it, which takes longer than a step.
+        watched = torch.compiler.is_dynamo_compiling() or _profiler_enabled() or _function_modes()
+        left = None if watched or not set_to_none else native.drop_gradients(self.param_groups)
+        if left is None:
+            super().zero_grad(set_to_none)
+            return
+        for p in left:
+            p.grad = None
+
     def engine(self) -> Engine:
         """The engine of this optimizer, made on first use and again after unpickling."""
         engine: Engine | None = vars(self).get("_engine")
@@ -289,8 +306,8 @@ def _faithful(
 ) -> defaultdict[Any, dict[str, Any]]:
     """The state as it was saved: torch casts every tensor to its parameter's dtype and shares the caller's memory.
 
-    What is in `own` stays what it is: a distributed checkpoint is read into the state that there is, and there may be no
-    memory for another.
+    What is in `own` stays what it is: a distributed checkpoint is read into the state that there is, and there may be
+    no memory for another.
     """
     result: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state["state"])
     groups = zip(loaded["param_groups"], state["param_groups"], strict=True)

@@ -325,8 +325,8 @@ class Lookahead(SlowWeights, Optimizer):
             post_hook(self)
 
     def _detached(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The dict with slow weights of its own, their shapes checked. Our optimizers copy them; torch's would share the
-        caller's tensors."""
+        """The dict with slow weights of its own, their shapes checked. Our optimizers copy them, torch's would share
+        the caller's tensors."""
         copies = isinstance(self.optimizer, Fused)
         saved = {name: dict(value) for name, value in state_dict["state"].items()}
         for i, (group, ours) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
