@@ -379,7 +379,8 @@ class Engine:
                 if self._routes[id(p)].backend == "torch":
                     continue
                 own = optimizer.state.get(p, {})
-                check_state(setting, p, own, f"parameter {k} of group {i}")
+                if own:
+                    check_state(setting, p, own, f"parameter {k} of group {i}")
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
                 pulled = self.rule.slow is not None and self.rule.slow.key in own

@@ -41,7 +41,8 @@ def missing_state(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> dict
     for key, first in setting.rule.counters.items():
         if not isinstance(state.get(key), Tensor):
             new[key] = create_counter(setting, p, state.get(key, first))
-    new |= mended_counters(setting, p, {**state, **new})
+    if state:  # counters that are all new are as they should be
+        new |= mended_counters(setting, p, {**state, **new})
     for slot in setting.named_slots.values():
         if state.get(slot.key) is None:
             new[slot.key] = slot.create(p, setting.h)
