@@ -13,13 +13,14 @@ constexpr size_t most_dims = 64;  // fastopt/routing.py: MOST_HOST_DIMS
 
 using Extent = std::pair<uintptr_t, uintptr_t>;
 
-// Whether all of a tensor is its memory, in one of the kernels' dtypes.
+// Whether all of a tensor is its memory, in one of the kernels' dtypes. (What torch has blocked has no storage, and the
+// keys of what has one.)
 bool is_memory(const c10::TensorImpl* impl) {
   constexpr c10::DispatchKeySet transformed(
       {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
   Dtype dtype;
-  return is_plain(impl) && !impl->key_set().has_any(transformed) && !impl->has_symbolic_sizes_strides() &&
-         dtype_of(impl, &dtype);
+  return is_plain(impl) && storage_of(impl) && !impl->key_set().has_any(transformed) &&
+         !impl->has_symbolic_sizes_strides() && dtype_of(impl, &dtype);
 }
 
 // Where its elements lie, from the first byte to behind the last; empty if the storage has no room for them, or there

@@ -180,13 +180,16 @@ def test_memory_that_is_read_negated_from_now_on(case: Case, dtype: torch.dtype,
 @pytest.mark.skipif(
     not hasattr(torch._C, "_set_storage_access_error_msg"), reason="only a torch built for CUDA blocks a storage"
 )
+@pytest.mark.parametrize("replanned", [False, True])
 @pytest.mark.parametrize("which", ["parameter", "exp_avg", "step", "gradient"])
 @pytest.mark.parametrize("backend", backends(["native", "emulated"]))
-def test_memory_that_torch_has_blocked(backend: str, which: str) -> None:
+def test_memory_that_torch_has_blocked(backend: str, which: str, replanned: bool) -> None:
     """As that of a CUDA graph's outputs, once the graph has run again."""
     p = nn.Parameter(ramp(9))
     optimizer = fastopt.Adam([p], backend=backend)
     train(optimizer, [p], range(3))
+    if replanned:
+        optimizer.add_param_group({"params": [nn.Parameter(ramp(9))]})
     kept = held(optimizer, [p])
     blocked = {"parameter": p, "gradient": p.grad, **optimizer.state[p]}[which]
     torch._C._set_storage_access_error_msg(blocked, "overwritten since")

@@ -197,6 +197,11 @@ class Run:
         for own in state.values():
             self.keep(what, *own.values())
 
+    def keep_loaded(self, what: str, state: Any) -> None:
+        """The states that were copied when they were loaded; what was the optimizer's own stays its own."""
+        ours = {id(value) for own in self.optimizer.state.values() for value in own.values()}
+        self.keep(what, *(value for own in state.values() for value in own.values() if id(value) not in ours))
+
     def check(self, when: str) -> None:
         """Everything is what the twin says, and nothing else was written."""
         signs = not self.case.interpolates_fully
@@ -379,7 +384,7 @@ class LoadOwn(Operation):
             return
         state_dict = run.optimizer.state_dict()
         run.optimizer.load_state_dict(state_dict)
-        run.keep_states("what was loaded", state_dict["state"])
+        run.keep_loaded("what was loaded", state_dict["state"])
 
 
 @dataclass(frozen=True, repr=False)
@@ -435,7 +440,7 @@ class ThroughTorch(Operation):
             run.optimizer = fastopt.convert(theirs, backend=run.program.backend)
         else:
             run.optimizer.load_state_dict(theirs.state_dict())
-            run.keep_states("torch's state", theirs.state)
+            run.keep_loaded("torch's state", theirs.state)
 
 
 @dataclass(frozen=True, repr=False)
