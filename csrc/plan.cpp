@@ -239,6 +239,7 @@ bool Plan::decide(Group& group, PyObject* asked) {
 
 bool Plan::find_and_run(PyObject* groups, PyObject* state, PyObject* sync, const std::vector<DeviceStep>& steps) {
   find(groups, state, sync);
+  gathered_ = gathered_ && !released_;  // a checkpoint was loaded meanwhile, say
   if (!gathered_) return false;
   run_all(steps);
   return true;

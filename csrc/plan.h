@@ -253,8 +253,8 @@ class Plan {
   std::vector<Found> found_;  // by entry
   Shares shares_;             // likewise
   bool shared_ = false;       // they are those of found_
-  // Gradients and states, while other Python code may run.
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept_;
+  // Memory of parameters, gradients and states, while other Python code may run: it may put another behind a tensor.
+  std::vector<c10::intrusive_ptr<c10::StorageImpl>> kept_;
   bool built_ = false;
   bool gathered_ = false;            // and not launched since, nor built again
   mutable uint64_t python_ran_ = 0;  // how often, and so perhaps other threads

@@ -173,15 +173,15 @@ void Plan::launch_kernels(const std::vector<DeviceStep>& steps) {
 
 void Plan::keep() {
   if (!kept_.empty()) return;
-  const auto keep_one = [this](const c10::TensorImpl* impl) {
-    kept_.push_back(decltype(kept_)::value_type::reclaim_copy(const_cast<c10::TensorImpl*>(impl)));
+  const auto keep_one = [this](const c10::StorageImpl* storage) {
+    kept_.push_back(decltype(kept_)::value_type::reclaim_copy(const_cast<c10::StorageImpl*>(storage)));
   };
   for (size_t k = 0; k < entries_.size(); ++k) {
     if (!found_[k].active) continue;
-    if (found_[k].grad) keep_one(found_[k].grad);
+    if (found_[k].grad) keep_one(storage_of(found_[k].grad));
     const Tracked* const tensor = tensors(entries_[k]);
     const int count = counters_at(entries_[k]) + entries_[k].counter_count;
-    for (int i = 0; i < count; ++i) keep_one(tensor[i].impl);
+    for (int i = 0; i < count; ++i) keep_one(tensor[i].storage);
   }
 }
 

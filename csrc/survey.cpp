@@ -61,20 +61,23 @@ bool are_apart(std::vector<Extent> extents) {
   return true;
 }
 
+bool has_room(const c10::TensorImpl* impl) { return impl->numel() == 0 || !is_empty(extent_of(impl)); }
+
 bool is_state(PyObject* found, const c10::TensorImpl* p) {
   if (!found || !is_exact_tensor(found)) return false;
   const c10::TensorImpl* const impl = impl_of(found);
   return is_memory(impl) && impl->sizes() == p->sizes() && impl->device() == p->device() &&
-         impl->is_non_overlapping_and_dense();
+         impl->is_non_overlapping_and_dense() && has_room(impl);
 }
 
-bool is_counter(PyObject* found, c10::Device device, bool first) {
+bool is_counter(PyObject* key, PyObject* found, c10::Device device) {
   if (!found || !is_exact_tensor(found)) return false;
   const c10::TensorImpl* const impl = impl_of(found);
   const auto dtype = impl->dtype().toScalarType();
   const bool whole = dtype == c10::ScalarType::Int || dtype == c10::ScalarType::Long;
-  return is_plain(impl) && impl->device() == device &&
-         (dtype == c10::ScalarType::Float || dtype == c10::ScalarType::Double || (first && whole));
+  if (!is_plain(impl) || !storage_of(impl) || impl->device() != device || !has_room(impl)) return false;
+  if (whole) return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "step") == 0;  // no product is whole
+  return dtype == c10::ScalarType::Float || dtype == c10::ScalarType::Double;
 }
 
 Ref item(PyObject* dict, PyObject* key) {
@@ -108,7 +111,7 @@ bool is_complete(PyObject* param, PyObject* own, const Told& group) {
   if (!first || !is_tensor(first.get())) return group.counters.empty();
   const c10::Device home = group.counts_on_device ? p->device() : impl_of(first.get())->device();
   for (const Ref& key : group.counters)
-    if (!is_counter(item(own, key.get()).get(), home, &key == &group.counters[0])) return false;
+    if (!is_counter(key.get(), item(own, key.get()).get(), home)) return false;
   return true;
 }
 

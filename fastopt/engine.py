@@ -131,7 +131,8 @@ class Engine:
             self._misplaced.clear()
 
     def _step(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> bool:
-        if self._run is not None and given is NONE and self._run(optimizer.param_groups, optimizer.state, sync):
+        run = self._run if given is NONE else None
+        if run is not None and run(optimizer.param_groups, optimizer.state, sync):
             return True
         self._created = []
         try:

@@ -66,6 +66,9 @@ def mended_counters(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> di
     }
 
 
+_RELEASED = "the storage of state {key!r} of {where} was released: fill it again before step()"
+
+
 def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: str) -> None:
     for slot in setting.named_slots.values():
         tensor = state.get(slot.key)
@@ -81,10 +84,16 @@ def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: st
             )
         if tensor.layout != torch.strided:
             raise TypeError(f"state {slot.key!r} of {where} has layout {tensor.layout}; a dense tensor is expected")
+        if routing.is_released(routing.within(tensor)):
+            raise RuntimeError(_RELEASED.format(key=slot.key, where=where))
         if routing.overlaps_itself(routing.within(tensor)):
             raise RuntimeError(
                 f"elements of state {slot.key!r} of {where} share memory and cannot be updated one by one: clone it"
             )
+    for key in setting.rule.counters:
+        counter = state.get(key)
+        if isinstance(counter, Tensor) and routing.is_released(counter):
+            raise RuntimeError(_RELEASED.format(key=key, where=where))
 
 
 def _kind(t: Tensor) -> str:

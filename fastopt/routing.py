@@ -127,7 +127,7 @@ def why_not_tensor(p: Tensor) -> str:
         return "inference tensor"
     if p.is_neg():
         return "negated view"
-    if p.numel() and _storage_end(p) > p.untyped_storage().nbytes():
+    if is_released(p):
         return RELEASED
     if overlaps_itself(p):
         return "elements share memory"
@@ -147,7 +147,7 @@ def why_not_grad(g: Tensor, device: torch.device | None = None) -> str:
         return f"gradient of dtype {str(g.dtype).removeprefix('torch.')}"
     if g.is_neg() or g.is_conj() or g._is_zerotensor():
         return "gradient is a lazy view"
-    if g.numel() and _storage_end(g) > g.untyped_storage().nbytes():
+    if is_released(g):
         return "storage of the gradient was released"
     return ""
 
@@ -171,6 +171,11 @@ def _has_functions(kind: type[Tensor]) -> bool:
 def intercepts(t: Tensor) -> bool:
     """Whether operations on t are dispatched to Python or transformed, so that its memory is not the whole truth."""
     return bool((torch._C._dispatch_keys(t) & _INTERCEPTING).raw_repr()) or t.device.type == "meta"
+
+
+def is_released(t: Tensor) -> bool:
+    """Whether the storage of a strided tensor has no room for its elements any more."""
+    return t.layout == torch.strided and t.numel() > 0 and _storage_end(t) > t.untyped_storage().nbytes()
 
 
 def _storage_end(t: Tensor) -> int:

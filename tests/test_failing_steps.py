@@ -30,6 +30,12 @@ def _spoil(p: torch.nn.Parameter, state: dict[str, Any], what: str) -> None:
         del state[key]
     elif what == "state complex":
         state[key] = torch.zeros(1024, dtype=torch.complex64)
+    elif what == "state released":
+        state[key].untyped_storage().resize_(0)
+    elif what == "state with too little storage":
+        state[key].untyped_storage().resize_(400)
+    elif what == "step released":
+        state["step"].untyped_storage().resize_(0)
     elif what == "parameter longer":
         p.grad, p.data = None, ramp(1300)
     elif what == "parameter view":
@@ -45,6 +51,7 @@ def _spoil(p: torch.nn.Parameter, state: dict[str, Any], what: str) -> None:
 @pytest.mark.contract("memory", difference="failing steps")
 @pytest.mark.parametrize("what", [
     "state shorter", "state shrunk in place", "state on meta", "state no tensor", "state missing", "state complex",
+    "state released", "state with too little storage", "step released",
     "parameter longer", "parameter view", "parameter reshaped", "step as a vector",
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["Adam", "RAdam"])

@@ -10,6 +10,7 @@ from cases import backends
 from harness import difference, ramp, wave
 
 import fastopt
+from fastopt import stages
 from fastopt.chain import Stage, stage, tl
 from fastopt.optimizers.adam import AdamRule
 from fastopt.optimizers.base import Fused
@@ -169,3 +170,63 @@ def test_a_learning_rate_that_is_no_number_is_a_type_error(backend: str) -> None
     optimizer.param_groups[0]["lr"] = "0.1"
     with pytest.raises(TypeError):
         optimizer.step()
+
+
+class KeepsMaximum(AdamRule):
+    """Of whose states the stages use some only."""
+
+    def slots(self, h: Hyper) -> dict[str, Slot]:
+        return {"m": Slot("exp_avg"), "v": Slot("exp_avg_sq"), "vmax": Slot("max_exp_avg_sq")}
+
+
+class Keeping(fastopt.Adam):
+    rule = KeepsMaximum()
+
+
+@pytest.mark.parametrize("backend", backends(["native", "emulated", "reference"]))
+def test_a_state_that_no_stage_uses_is_made_all_the_same(backend: str) -> None:
+    p = torch.nn.Parameter(ramp(5))
+    optimizer = fastopt.Adam([p], backend=backend)
+    p.grad = wave((5,), 0)
+    optimizer.step()
+    keeping = Keeping([p], backend=backend)
+    keeping.state[p] = {**optimizer.state[p]}
+    for t in range(3):
+        p.grad = wave((5,), t)
+        keeping.step()
+    assert not keeping.state[p]["max_exp_avg_sq"].any()
+    assert keeping.state[p]["step"] == 4
+
+
+class CountsTicksRule(Rule):
+    hyper = ("lr",)
+    counters = {"ticks": 0.0}  # noqa: RUF012
+
+    def update(self, h: Hyper) -> tuple[Stage, ...]:
+        return (stages.sgd,)
+
+    def slots(self, h: Hyper) -> dict[str, Slot]:
+        return {}
+
+    def coefficients(self, h: Hyper, t: Number, carry: Number) -> tuple[Number, ...]:
+        return stages.sgd.row(minus_lr=-h.lr / t)
+
+
+class CountsTicks(Fused, torch.optim.Optimizer):
+    rule = CountsTicksRule()
+
+    def __init__(self, params: Any, lr: float = 1.0, *, backend: str | None = None) -> None:
+        super().__init__(params, {"lr": lr}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", backends(["native", "emulated", "reference"]))
+def test_a_counter_of_another_name_goes_on_in_float32(backend: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = CountsTicks([p], backend=backend)
+    optimizer.state[p]["ticks"] = torch.tensor(4)
+    for ticks in (5, 6):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer.state[p]["ticks"].dtype == torch.float32
+        assert optimizer.state[p]["ticks"] == ticks
+    assert not difference(p, torch.full((3,), -1.0).div(5) - torch.ones(3).div(6))

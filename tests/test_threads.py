@@ -175,6 +175,31 @@ assert all(torch.equal(p, b - 0.25 * 1.5) for p, b in zip(ps, before))
 
 
 @NATIVE
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_checkpoint_loaded_while_a_step_of_a_lookahead_asks_for_hyper_parameters(backend: str, nth: int) -> None:
+    """Its count and those of the optimizer inside stay together."""
+    python(
+        WAITING
+        + f"""
+ps = parameters(3)
+optimizer = fastopt.Lookahead(fastopt.Adam(ps, backend={backend!r}), k=100)
+optimizer.step()
+saved = copy.deepcopy(optimizer.state_dict())
+for _ in range(3): optimizer.step()
+(group,) = optimizer.param_groups
+group["lr"] = Lr(0.1)
+optimizer.step()
+optimizer.step()
+thread = meanwhile({nth}, lambda: optimizer.load_state_dict(saved))
+finish(thread, optimizer)
+(group,) = optimizer.param_groups
+assert {{int(optimizer.state[p]["step"]) for p in ps}} == {{group["lookahead_step"]}}, (optimizer.state, group)
+""",
+        PYTHONMALLOC="debug",
+    )
+
+
+@NATIVE
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
 def test_groups_added_while_a_step_is_prepared(backend: str, nth: int) -> None:
     python(

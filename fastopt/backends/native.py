@@ -162,11 +162,15 @@ def find_ordinary(params: Sequence[Tensor]) -> tuple[bytes, bool]:
 
 
 def find_complete(groups: Sequence[tuple[Setting, Sequence[Tensor]]], state: dict[Tensor, Any]) -> bytes:
-    """For each parameter 1 if all of its state is there and as it should be, and 0 where a closer look is needed."""
+    """For each parameter 1 if all of its state is there and as it should be, and 0, or nothing, where a closer look is
+    needed."""
     module = extension()
     if module is None or not isinstance(state, dict):
-        return bytes(sum(len(params) for _, params in groups))
-    told = [(params, s.slots, tuple(s.rule.counters), s.counts_on_device) for s, params in groups]
+        return b""
+    told = [
+        (params, [slot.key for slot in s.named_slots.values()], list(s.rule.counters), s.counts_on_device)
+        for s, params in groups
+    ]
     found: bytes = module.find_complete(told, state)
     return found
 

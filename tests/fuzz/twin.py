@@ -81,7 +81,8 @@ class Twin:
         self.round()
 
     def _make(self, groups: list[dict[str, Any]], members: list[list[Member]]) -> Any:
-        shadows = [{**g, "params": [m.shadow for m in own]} for g, own in zip(groups, members, strict=True)]
+        slow = dict(zip(("lookahead_k", "lookahead_alpha"), self.case.lookahead or (), strict=False))
+        shadows = [{**slow, **g, "params": [m.shadow for m in own]} for g, own in zip(groups, members, strict=True)]
         if self.case.name == "Ranger":
             return oracles.Ranger(shadows, **self.case.kwargs)
         return oracles.TorchLoop(self.case.name, shadows, **self.case.kwargs)
