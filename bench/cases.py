@@ -146,7 +146,9 @@ LARGE = Workload(tensors(20, 5_000_000), gradients="shared")
 
 def _adam(size: str, workload: Workload, faster: float, seconds: float) -> Case:
     goals = (Goal("speedup", "≥", faster),)
-    return Case(f"adam {size}", "adam", size, workload, "fused", goals=goals, seconds=seconds, sittings=2)
+    # What small tensors cost depends most on where they were put: a process's first ones lie side by side.
+    sittings = 4 if len(workload.shapes) > 1 and workload.numel <= SMALL.numel else 2
+    return Case(f"adam {size}", "adam", size, workload, "fused", goals=goals, seconds=seconds, sittings=sittings)
 
 
 def _rule(label: str, rivals: Family = "torch") -> list[Case]:
@@ -162,7 +164,7 @@ def _rule(label: str, rivals: Family = "torch") -> list[Case]:
         )
 
     return [
-        case("1000x64", TINY, Goal("speedup", "≥", 50), seconds=5),
+        case("1000x64", TINY, Goal("speedup", "≥", 50), seconds=5, sittings=4),
         case("1x50,000,000", HUGE, faster, per_byte, yardstick=own_adam, seconds=16, least_rounds=4),
     ]
 
