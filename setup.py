@@ -279,7 +279,7 @@ def host_units(torch: Torch) -> Iterator[Unit]:
     shared = (f'-DFASTOPT_TORCH_VERSION="{torch.version}"', *torch.include_flags())
     if len(instruction_sets()) > 1:
         shared = ("-DFASTOPT_X86_KERNELS", *shared)
-    flags = {"cpu_driver.cpp": ("-DAT_PARALLEL_OPENMP=1",)}
+    flags = {"crew.cpp": ("-DAT_PARALLEL_OPENMP=1",)}
     for source in sorted(CSRC.glob("*.cpp")):
         if source.stem not in ("absent_drivers", "cpu_kernels", "emulator", "emulator_kernels"):
             yield Unit(source, (*flags.get(source.name, ()), *shared))

@@ -1,25 +1,13 @@
-// Splits tensors over torch's threads, and feeds each item's part to its kernel: directly where the streams are dense
+// Splits tensors over threads, and feeds each item's part to its kernel: directly where the streams are dense
 // and stored as a kernel takes them, else tile by tile through an L1-sized scratch.
 #include "cpu_driver.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 
 #include "chains.h"
-
-// The entry of torch's OpenMP runtime, GCC's, that `#pragma omp parallel` calls. By name, for another compiler's pragma
-// calls a runtime of its own, with threads of its own that torch.set_num_threads does not reach.
-extern "C" {
-void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
-int omp_get_thread_num();
-int omp_get_num_threads();
-}
 
 namespace fastopt {
 namespace {
@@ -247,32 +235,6 @@ std::vector<std::string> chain_names() { return names(Chains{}); }
 std::vector<std::string> centralised_chain_names() { return names(Centralised{}); }
 int chain_slots(int chain) { return slots(Chains{}, chain); }
 
-// As at::parallel_for, which without a compiler's own OpenMP would run on one thread.
-void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
-  at::internal::lazy_init_num_threads();
-  if (n <= 0) return;
-  if (n <= grain || at::get_num_threads() == 1 || at::in_parallel_region()) return f(0, n);
-  struct Work {
-    const int64_t n, grain;
-    const std::function<void(int64_t, int64_t)>& f;
-    std::atomic_flag failed = ATOMIC_FLAG_INIT;
-    std::exception_ptr error;
-  } work{n, grain, f};
-  const auto share = [](void* of) {
-    auto& [n, grain, f, failed, error] = *static_cast<Work*>(of);
-    const int64_t threads = std::min<int64_t>(omp_get_num_threads(), at::divup(n, grain)), each = at::divup(n, threads);
-    const int64_t begin = omp_get_thread_num() * each;
-    if (begin >= n) return;
-    try {
-      f(begin, std::min(n, begin + each));
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
-  };
-  GOMP_parallel(share, &work, 0, 0);
-  if (work.error) std::rethrow_exception(work.error);
-}
-
 void run_item(const Item& item, int64_t begin, int64_t end) {
   if (item.n == 0) return;
   const int64_t first = snap(item, begin), last = snap(item, end);
@@ -293,7 +255,7 @@ void Shares::add(int64_t n) {
   elements_ += n;
 }
 
-void Shares::run(const std::function<void(size_t, size_t)>& whole,
+void Shares::run(Crew& crew, Crew::Work work, const std::function<void(size_t, size_t)>& whole,
                  const std::function<void(size_t, int64_t, int64_t)>& part) const {
   const auto share = [&](int64_t begin, int64_t end) {
     // A tensor begins in one share, and may go on in the next.
@@ -309,7 +271,7 @@ void Shares::run(const std::function<void(size_t, size_t)>& whole,
     }
   };
   const int64_t all = begins_.back();
-  parallel(all, all < 2 * alone ? all : grain, std::cref(share));
+  crew.run(work, all, all < 2 * alone ? all : grain, std::cref(share));
 }
 
 }  // namespace fastopt

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "crew.h"
 
 namespace fastopt {
 
@@ -41,9 +42,6 @@ std::vector<std::string> chain_names();
 std::vector<std::string> centralised_chain_names();  // those that a device has with a centralised gradient too
 int chain_slots(int chain);
 
-// Calls f on parts of [0, n) on torch's threads; parts are at least `grain` long.
-void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
-
 // Updates the elements [begin, end) of an item, both moved up to where its parts may start.
 void run_item(const Item& item, int64_t begin, int64_t end);
 
@@ -54,9 +52,9 @@ class Shares {
   void clear();
   void add(int64_t n);
   int64_t elements() const { return elements_; }
-  // On every thread: calls `whole(first, last)` for the tensors [first, last) that begin in its share, then
+  // On every thread of a crew: calls `whole(first, last)` for the tensors [first, last) that begin in its share, then
   // `part(i, begin, end)` for what is in it of each tensor i, unless that is nothing.
-  void run(const std::function<void(size_t, size_t)>& whole,
+  void run(Crew& crew, Crew::Work work, const std::function<void(size_t, size_t)>& whole,
            const std::function<void(size_t, int64_t, int64_t)>& part) const;
 
  private:

@@ -9,6 +9,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "crew.h"
 #include "cuda_driver.h"
 #include "gradients.h"
 #include "plan.h"
@@ -130,6 +131,12 @@ PYBIND11_MODULE(_C, m) {
       left.append(py::handle(param.get()));
     return left;
   });
+  py::class_<fastopt::Crew>(m, "Crew")  // for tests
+      .def(py::init())
+      .def_property_readonly("together", &fastopt::Crew::together)
+      .def("note", [](fastopt::Crew& crew, int64_t n, double seconds, int threads) {
+        crew.note(fastopt::Crew::Work::update, n, seconds, threads);
+      });
   py::class_<Plan> plan(m, "Plan", py::custom_type_setup(collectable));
   plan.attr("step") =
       py::reinterpret_steal<py::object>(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(plan.ptr()), &step_method));

@@ -172,13 +172,14 @@ bool Plan::find_all(PyObject* state, PyObject* sync) {
   // This touches no Python object's reference count, so it may run on several threads at once.
   std::atomic<bool> intact = true, settled = shared_;
   const auto count = static_cast<int64_t>(entries_.size());
-  parallel(count, count < 2 * examine_alone ? count : examine_grain, [&](int64_t begin, int64_t end) {
-    const auto first = static_cast<size_t>(begin), last = static_cast<size_t>(end);
-    if (!check_objects(first, last))
-      intact = false;
-    else if (!examine(first, last))
-      settled = false;
-  });
+  crew_.run(Crew::Work::look, count, count < 2 * examine_alone ? count : examine_grain,
+            [&](int64_t begin, int64_t end) {
+              const auto first = static_cast<size_t>(begin), last = static_cast<size_t>(end);
+              if (!check_objects(first, last))
+                intact = false;
+              else if (!examine(first, last))
+                settled = false;
+            });
   if (!intact) return false;
   if (settled && renew_devices()) return true;
 

@@ -252,7 +252,8 @@ class Plan {
   std::vector<Wrapped> wrapped_;
   std::vector<Found> found_;  // by entry
   Shares shares_;             // likewise
-  bool shared_ = false;       // they are those of found_
+  Crew crew_;
+  bool shared_ = false;  // they are those of found_
   // Memory of parameters, gradients and states, while other Python code may run: it may put another behind a tensor.
   std::vector<c10::intrusive_ptr<c10::StorageImpl>> kept_;
   bool built_ = false;

@@ -128,6 +128,7 @@ void Plan::prefetch_data(size_t k) const {
 // what follows that waits for it.
 void Plan::run_kernels(bool counts, bool updates) {
   shares_.run(
+      crew_, updates ? Crew::Work::update : Crew::Work::count,
       [=, this](size_t first, size_t last) {
         if (!counts) return;
         for (size_t k = first; k < std::min(first + counts_ahead, last); ++k) prefetch_counts(k);
