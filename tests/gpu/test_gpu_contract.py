@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -127,6 +128,25 @@ def test_moving_parameters_between_steps(backend: str) -> None:
         expected.step()
     assert torch.equal(old, untouched)
     assert_equal([p], [q])
+
+
+@each_backend
+def test_moving_all_parameters_in_every_step(backend: str) -> None:
+    """Tables are then made and sent anew: without waiting for a busy device, and before the kernels that read them."""
+    sizes = [1 + 37 * i for i in range(200)]
+    params, others = ([ramp(n) for n in sizes] for _ in range(2))
+    optimizer, expected = (fastopt.Adam(ps, lr=0.01, backend=backend) for ps in (params, others))
+    for step in range(8):
+        for p, q in zip(params, others, strict=True):
+            p.data = p.data.clone()
+            p.grad, q.grad = wave(p.numel(), step), wave(q.numel(), step)
+        if not CPU:
+            torch.cuda._sleep(20_000_000)
+        # In the first steps kernels may be loaded.
+        with contextlib.nullcontext() if CPU or step < 2 else no_waiting():
+            optimizer.step()
+        expected.step()
+    assert_equal(params, others)
 
 
 @parametrize(by_id("sgd-momentum", "adam-everything", "nadam", "ranger", "lookahead-adam"))
