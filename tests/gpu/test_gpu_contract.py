@@ -140,10 +140,10 @@ def test_moving_all_parameters_in_every_step(backend: str) -> None:
         for p, q in zip(params, others, strict=True):
             p.data = p.data.clone()
             p.grad, q.grad = wave(p.numel(), step), wave(q.numel(), step)
-        if not CPU:
+        if DEVICE != "cpu":
             torch.cuda._sleep(20_000_000)
         # In the first steps kernels may be loaded.
-        with contextlib.nullcontext() if CPU or step < 2 else no_waiting():
+        with contextlib.nullcontext() if DEVICE == "cpu" or step < 2 else no_waiting():
             optimizer.step()
         expected.step()
     assert_equal(params, others)
