@@ -55,8 +55,9 @@ void Crew::note(Work work, int64_t n, double seconds, int threads) {
     if (rest_ > 0) --rest_;
     return;
   }
-  // All threads at most do that many times what one does.
-  const double most = threads * pace.together, expected = pace.alone > 0 ? std::min(pace.alone, most) : most;
+  // All threads at most do that many times what one does. Where one has shown what it does, that counts: a best time of
+  // more threads, or of another memory, may never come again.
+  const double most = threads * pace.together, expected = pace.alone > 0 ? pace.alone : most;
   if (most > 0 && seconds > noise && each > late * expected) {
     rest_ = pause_;
     pause_ = std::min(longest, 2 * pause_);

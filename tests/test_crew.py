@@ -107,3 +107,14 @@ def test_a_pace_that_is_no_longer_reached_is_forgotten() -> None:
         c.note(N, 7 * SHORT, 2)
     c.note(N, 40 * SHORT, 2)
     assert c.together
+
+
+def test_threads_that_became_slower_for_good_are_not_left_alone_for_ever() -> None:
+    """As after torch.set_num_threads(2) where there were 32: what one does alone tells that they still help."""
+    c = crew()
+    c.note(N, SHORT, 32)
+    c.note(N, 16 * SHORT, 2)
+    assert alone(c, 32 * SHORT) == 8
+    for _ in range(100):
+        c.note(N, 16 * SHORT, 2)
+        assert c.together
