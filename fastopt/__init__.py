@@ -1,4 +1,12 @@
-"""fastopt: optimizers for PyTorch whose whole update is one pass over memory and one launch."""
+"""fastopt: optimizers for PyTorch whose whole update is one pass over memory and one launch.
+
+What torch.optim has beside the classes below is torch's own here too (`fastopt.lr_scheduler`, `fastopt.LBFGS`), so that
+`import fastopt as optim` does for a script that says `optim` throughout.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch.optim
 
 from fastopt.convert import convert
 from fastopt.dialects import ImportReport
@@ -39,3 +47,25 @@ __all__ = [
     "info",
     "materialize_state",
 ]
+
+if TYPE_CHECKING:
+    from torch.optim import ASGD as ASGD
+    from torch.optim import LBFGS as LBFGS
+    from torch.optim import Adadelta as Adadelta
+    from torch.optim import Adafactor as Adafactor
+    from torch.optim import Muon as Muon
+    from torch.optim import Optimizer as Optimizer
+    from torch.optim import Rprop as Rprop
+    from torch.optim import SparseAdam as SparseAdam
+
+    from fastopt import lr_scheduler as lr_scheduler
+    from fastopt import swa_utils as swa_utils
+else:
+
+    def __getattr__(name):
+        if name in torch.optim.__all__:  # of the torch that is installed
+            return getattr(torch.optim, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *torch.optim.__all__})

@@ -187,7 +187,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_every_optimizer_has_a_page() -> None:
     classes = {
         n
-        for n in dir(fastopt)
+        for n in fastopt.__all__
         if inspect.isclass(cls := getattr(fastopt, n)) and issubclass(cls, torch.optim.Optimizer)
     }
     assert {n.lower() for n in classes} == {page.stem for page in OPTIMIZER_PAGES}
