@@ -25,6 +25,7 @@ pytestmark = [
         pytest.param("sequence", marks=distributed(optimizers=("SGD", "RMSprop", "AdamW"))),
         pytest.param("freed", marks=distributed(optimizers=("SGD", "AdamW", "Ranger"), backend="all")),
         pytest.param("slow", marks=distributed(optimizers=("Ranger", "Lookahead"))),
+        "flattened",
         "ddp",
         pytest.param("zero", marks=distributed(optimizers=("SGD", "Adam", "AdamW", "RAdam", "Ranger"))),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,6 +159,7 @@ class Ranger(Fused, SlowWeights, Optimizer):
         }
         _check(defaults)
         super().__init__(params, defaults, backend=backend)
+        _warn_of_lost_rows([p for group in self.param_groups if group["use_gc"] for p in group["params"]])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state.get("param_groups", []):  # a checkpoint of the original lacks our keys and misspells one
@@ -176,6 +178,17 @@ class Ranger(Fused, SlowWeights, Optimizer):
             param_group["n_sma_threshold"] = param_group.pop("N_sma_threshhold")
         _check(self.defaults | param_group)
         super().add_param_group(param_group)
+
+
+def _warn_of_lost_rows(params: Sequence[Tensor]) -> None:
+    """FSDP1 makes parameters parts of one flat tensor, which has no rows to centralise."""
+    flat = [p for p in params if getattr(p, "_fsdp_flattened", False)]  # torch's mark
+    if flat and not any(p.dim() > 1 for p in flat):
+        warnings.warn(
+            "FullyShardedDataParallel took the shapes off the parameters, so their gradients cannot be centralised: use "
+            "fully_shard (FSDP2), which keeps them, or say use_gc=False",
+            stacklevel=3,
+        )
 
 
 def _check(group: dict[str, Any]) -> None:
