@@ -9,7 +9,7 @@
 namespace fastopt {
 namespace {
 
-constexpr size_t most_dims = 64;  // fastopt/routing.py: MOST_HOST_DIMS
+constexpr size_t most_dims = 64, most_device_dims = 8;  // fastopt/routing.py: MOST_HOST_DIMS, MOST_DIMS
 
 using Extent = std::pair<uintptr_t, uintptr_t>;
 
@@ -53,6 +53,25 @@ Extent look(PyObject* param) {
   const c10::TensorImpl* const grad = grad_of(impl);
   return !grad || is_ordinary_gradient(grad, impl) ? extent_of(impl) : Extent{};
 }
+
+// What a backend asks of an ordinary parameter beside its group's setting: a number for those of which it is the same.
+class Kinds {
+ public:
+  // 0, which calls for a closer look, when there are more than a byte can tell apart.
+  char of(const c10::TensorImpl* p) {
+    const Kind kind{p->device(), p->sizes().size() > most_device_dims};
+    const auto at = std::find(seen_.begin(), seen_.end(), kind);
+    const auto number = static_cast<size_t>(at - seen_.begin()) + 1;
+    if (number > most) return 0;
+    if (at == seen_.end()) seen_.push_back(kind);
+    return static_cast<char>(number);
+  }
+
+ private:
+  using Kind = std::pair<c10::Device, bool>;
+  static constexpr size_t most = 127;
+  std::vector<Kind> seen_;
+};
 
 bool are_apart(std::vector<Extent> extents) {
   std::sort(extents.begin(), extents.end());
@@ -120,9 +139,11 @@ bool is_complete(PyObject* param, PyObject* own, const Told& group) {
 std::pair<std::string, bool> find_ordinary(PyObject* params) {
   std::pair<std::string, bool> found;
   std::vector<Extent> extents;
+  Kinds kinds;
   for (const Ref& param : sequence(params)) {
     extents.push_back(look(param.get()));
-    found.first.push_back(static_cast<char>(!is_empty(extents.back())));
+    found.first.push_back(is_empty(extents.back()) ? 0 : kinds.of(impl_of(param.get())));
+    if (!found.first.back()) extents.back() = {};
   }
   found.second = are_apart(std::move(extents));
   return found;

@@ -12,8 +12,8 @@
 
 namespace fastopt {
 
-// For each of `params` a byte: 1 if the parameter and its gradient are memory that every kernel takes. And whether they
-// all are, and none shares memory with another.
+// For each of `params` a byte: not 0 if the parameter and its gradient are memory that every kernel takes, and the same
+// for those that no backend treats differently. And whether they all are, and none shares memory with another.
 std::pair<std::string, bool> find_ordinary(PyObject* params);
 
 // For each parameter of `groups` a byte: 1 if all of its state is there, and is ordinary too. A group is a tuple: its

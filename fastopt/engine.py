@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress, islice
 from typing import Any, TypeAlias
 
 import torch
@@ -235,36 +235,43 @@ class Engine:
         self.settings.room = max(self.settings.room, 2 * len(groups))
         self._unusual = bool(routing.why_not_containers(optimizer))
         settings = list(map(self.settings.of, groups))
-        self._routes = self.routes(optimizer, groups, settings)
-        params = [p for group in groups for p in group["params"]]
-        self._on_devices = bool(params) and all(route.device for route in self._routes.values())
-        self._torch = {id(p): p for p in params if self._routes[id(p)].backend == "torch"}
-        self._distributed = [p for p in params if id(p) not in self._routes.ordinary and routing.within(p) is not p]
+        members: list[list[Tensor]] = [list(group["params"]) for group in groups]
+        routes = self._routes = self.routes(optimizer, members, settings)
+        params = list(chain.from_iterable(members))
+        strange = [p for p in params if id(p) not in routes.ordinary] if len(routes.ordinary) < len(params) else []
+        different = list({id(route): route for route in routes.values()}.values())
+        takers = {route.backend for route in different}
+        self._on_devices = bool(params) and all(route.device for route in different)
+        self._torch = {id(p): p for p in params if routes[id(p)].backend == "torch"} if "torch" in takers else {}
+        self._distributed = [p for p in strange if routing.within(p) is not p]
         self._place_gradients()
-        self._create_state(optimizer, groups, settings)
-        self.counts = [self._counts(optimizer, *each) for each in zip(groups, settings, strict=True)]
-        used = {route.backend for route in self._routes.values()} - {"torch"} or {"reference"}
+        self._create_state(optimizer, members, settings)
+        self.counts = [self._counts(optimizer, *each) for each in zip(members, settings, strict=True)]
+        used = takers - {"torch"} or {"reference"}
         self._made |= {name: self._make_plan(name) for name in used - self._made.keys()}
         for name in self._plans.keys() - used:
             self._plans[name].release()
         self._plans = {name: self._made[name] for name in sorted(used)}
+        rows = [
+            [self._rows(setting, p) for p in own] if self.rule.centralises else [0] * len(own)
+            for own, setting in zip(members, settings, strict=True)
+        ]
+        fresh = [[self._is_fresh(optimizer, p) for p in own] if self._fresh else [False] * len(own) for own in members]
         for name, plan in self._plans.items():
-            takes = [[self._routes[id(p)].backend == name for p in group["params"]] for group in groups]
-            rows = [
-                [self._rows(setting, p) for p in group["params"]]
-                for group, setting in zip(groups, settings, strict=True)
+            takes = [
+                [True] * len(own) if takers == {name} else [routes[id(p)].backend == name for p in own]
+                for own in members
             ]
-            fresh = [[self._is_fresh(optimizer, p) for p in group["params"]] for group in groups]
             plan.build(groups, optimizer.state, takes, rows, fresh)
 
-    def _counts(self, optimizer: Optimizer, group: dict[str, Any], setting: Setting) -> bool:
+    def _counts(self, optimizer: Optimizer, params: Sequence[Tensor], setting: Setting) -> bool:
         """Whether all counters of a group are where a device's kernels advance them."""
         if not self.rule.counters or not setting.counts_on_device:
             return False
         as_one = self.rule.slow is not None and not self.rule.period(setting.h)
-        if as_one and len({p.device for p in group["params"]}) > 1:
+        if as_one and len({p.device for p in params}) > 1:
             return False  # its own counter lies on one device, which the kernels of others must not read
-        for p in group["params"]:
+        for p in params:
             route = self._routes[id(p)]
             own = (optimizer.state.get(p, {}).get(key) for key in self.rule.counters)
             there = all(counter is None or counter.device == p.device for counter in own)
@@ -295,27 +302,35 @@ class Engine:
             return triton.make_plan(names, self.settings.of)
         return PythonPlan(self.settings.of)
 
-    def routes(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> Routes:
+    def routes(self, optimizer: Optimizer, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]) -> Routes:
         """Who takes each parameter of the optimizer's groups, by its id, as things stand now."""
-        params = [p for group in groups for p in group["params"]]
+        params = list(chain.from_iterable(members))
         unusual = routing.operations_are_watched() or routing.why_not_containers(optimizer)
         if unusual:
             rest = "torch" if self.torch_step else "reference"
             return Routes((id(p), Route(rest, unusual, passing=True)) for p in params)
-        ordinary, apart = native.find_ordinary(params)
+        kinds, apart = native.find_ordinary(params)
         sharing = set() if apart else routing.sharing(params)
-        found = Routes(ordinary=compress(map(id, params), ordinary))
-        alike: dict[tuple[Any, ...], Route] = {}  # what an ordinary parameter's route depends on
-        for group, setting in zip(groups, settings, strict=True):
-            for p in group["params"]:
-                shares = id(p) in sharing
-                if id(p) not in found.ordinary:
-                    found[id(p)] = self._route(setting, p, shares)
-                    continue
-                kind = id(setting), p.device, p.dim() > routing.MOST_DIMS, self.rule.rows(setting.h, p) > 0, shares
-                if kind not in alike:
-                    alike[kind] = self._route(setting, p, shares)
-                found[id(p)] = alike[kind]
+        found = Routes(ordinary=compress(map(id, params), kinds))
+        known: dict[tuple[Any, ...], Route] = {}
+
+        def route(setting: Setting, p: Tensor, kind: int) -> Route:
+            shares = id(p) in sharing
+            if not kind:
+                return self._route(setting, p, shares)
+            centralised = self.rule.centralises and self.rule.rows(setting.h, p) > 0
+            case = id(setting), kind, centralised, shares  # all that an ordinary parameter's route depends on
+            if case not in known:
+                known[case] = self._route(setting, p, shares)
+            return known[case]
+
+        rest_of_kinds = iter(kinds)
+        for setting, own in zip(settings, members, strict=True):
+            own_kinds = bytes(islice(rest_of_kinds, len(own)))
+            if apart and not self.rule.centralises and len(set(own_kinds)) == 1:
+                found.update(dict.fromkeys(map(id, own), route(setting, own[0], own_kinds[0])))
+            else:
+                found.update((id(p), route(setting, p, kind)) for p, kind in zip(own, own_kinds, strict=True))
         return found
 
     def _route(self, setting: Setting, p: Tensor, shares: bool) -> Route:
@@ -367,15 +382,17 @@ class Engine:
         )
 
     def _create_state(
-        self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], settings: Sequence[Setting]
+        self, optimizer: Optimizer, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]
     ) -> None:
         """All of it, or on an error none of it: a step that ran out of memory can be repeated."""
         pending: list[tuple[Tensor, dict[str, Tensor]]] = []
-        members = [(setting, group["params"]) for setting, group in zip(settings, groups, strict=True)]
-        complete = iter(native.find_complete(members, optimizer.state))
-        for i, (setting, params) in enumerate(members):
+        complete = native.find_complete(list(zip(settings, members, strict=True)), optimizer.state)
+        if complete and all(complete) and len(self._routes.ordinary) == len(complete):
+            return
+        is_complete = iter(complete)
+        for i, (setting, params) in enumerate(zip(settings, members, strict=True)):
             for k, p in enumerate(params):
-                if next(complete, 0) and id(p) in self._routes.ordinary:
+                if next(is_complete, 0) and id(p) in self._routes.ordinary:
                     continue
                 if self._routes[id(p)].backend == "torch":
                     continue

@@ -107,7 +107,7 @@ def explain(optimizer: Optimizer) -> Explanation:
     """
     engine, owner, period = _engine(optimizer)
     settings = list(map(engine.settings.of, owner.param_groups))
-    routes = engine.routes(owner, owner.param_groups, settings)
+    routes = engine.routes(owner, [group["params"] for group in owner.param_groups], settings)
     groups: list[GroupRow] = []
     chains: dict[tuple[Route, str, str], list[tuple[Tensor, Setting, int]]] = {}
     fallbacks: dict[tuple[int, str, str], list[int]] = {}

@@ -147,6 +147,11 @@ class Rule(ABC):
         """Over how many leading slices of p the gradient is centralised, 0 for none."""
         return 0
 
+    @property
+    def centralises(self) -> bool:
+        """Whether `rows` can say anything but 0."""
+        return type(self).rows is not Rule.rows
+
     def structure(self, h: Hyper) -> tuple[Any, ...]:
         """Hyper-parameters that decide what a plan records, beside the state: a change of one rebuilds the plan."""
         return bool(h.capturable), bool(h.differentiable), bool(h.fused)

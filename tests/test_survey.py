@@ -124,6 +124,12 @@ def test_ordinary_parameters(name: str) -> None:
     assert native.find_ordinary([p]) == (b"\1", True)
 
 
+def test_parameters_that_a_device_takes_otherwise_are_of_another_kind() -> None:
+    few, many, more = (torch.ones((1,) * dims) for dims in (routing.MOST_DIMS, routing.MOST_DIMS + 1, 20))
+    assert native.find_ordinary([few, many, few, more]) == (b"\1\2\1\2", False)
+    assert native.find_ordinary([many, few]) == (b"\1\2", True)
+
+
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_parameters_are_looked_at_again(name: str) -> None:
     p = STRANGE[name]()
@@ -269,9 +275,9 @@ def test_routes_are_those_of_the_closer_look(strange: str, monkeypatch: pytest.M
         with pytest.warns(UserWarning, match="duplicate"):
             optimizer = fastopt.SGD([{"params": params}, {"params": [torch.ones(3)], "differentiable": True}], lr=0.1)
         engine = _engine(optimizer)[0]
-        groups = optimizer.param_groups
-        found = engine.routes(optimizer, groups, list(map(engine.settings.of, groups)))
-        return [found[id(p)] for group in groups for p in group["params"]]
+        members = [group["params"] for group in optimizer.param_groups]
+        found = engine.routes(optimizer, members, list(map(engine.settings.of, optimizer.param_groups)))
+        return [found[id(p)] for own in members for p in own]
 
     quick = routes()
     monkeypatch.setattr(native, "find_ordinary", lambda params: (bytes(len(params)), False))

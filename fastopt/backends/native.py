@@ -152,8 +152,9 @@ def lacks(setting: Setting, device: str = "cpu", centralised: bool = False) -> s
 
 
 def find_ordinary(params: Sequence[Tensor]) -> tuple[bytes, bool]:
-    """For each parameter 1 if nothing that `fastopt.routing` looks for can be the matter with it or its gradient, and 0
-    where a closer look is needed; and whether they are all of that kind and none shares memory with another."""
+    """For each parameter 0 where a closer look is needed; else nothing that `fastopt.routing` looks for can be the
+    matter with it or its gradient, and no backend tells those of the same number apart. And whether there is no 0, and
+    none shares memory with another."""
     module = extension()
     if module is None:
         return bytes(len(params)), False

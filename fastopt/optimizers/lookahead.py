@@ -74,6 +74,10 @@ class LookaheadRule(Rule):
     def rows(self, h: Hyper, p: Tensor) -> int:
         return self.inner.rows(h, p)
 
+    @property
+    def centralises(self) -> bool:
+        return self.inner.centralises
+
     def structure(self, h: Hyper) -> tuple[Any, ...]:
         return self.inner.structure(h)
 

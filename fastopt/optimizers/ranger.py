@@ -185,8 +185,8 @@ def _warn_of_lost_rows(params: Sequence[Tensor]) -> None:
     flat = [p for p in params if getattr(p, "_fsdp_flattened", False)]  # torch's mark
     if flat and not any(p.dim() > 1 for p in flat):
         warnings.warn(
-            "FullyShardedDataParallel took the shapes off the parameters, so their gradients cannot be centralised: use "
-            "fully_shard (FSDP2), which keeps them, or say use_gc=False",
+            "FullyShardedDataParallel took the shapes off the parameters, so their gradients cannot be centralised: "
+            "use fully_shard (FSDP2), which keeps them, or say use_gc=False",
             stacklevel=3,
         )
 
