@@ -66,9 +66,9 @@ const Update* updates(Mix mix) { return instruction_set().update[static_cast<int
 
 // Calls f(offset into the stream, stride, count, position in the tile) for each run along the last dimension.
 template <class F>
-void for_runs(const Layout& layout, int stream, int64_t begin, int64_t n, F f) {
-  const auto& sizes = layout.sizes;
-  const auto& strides = layout.strides[stream];
+void for_runs(const Walk& walk, int stream, int64_t begin, int64_t n, F f) {
+  const auto& sizes = walk.sizes;
+  const auto& strides = walk.strides[stream];
   const int dims = static_cast<int>(sizes.size());
   int64_t at[max_dims], rest = begin, offset = 0;
   for (int d = dims - 1; d >= 0; --d) {
@@ -92,16 +92,19 @@ void for_runs(const Layout& layout, int stream, int64_t begin, int64_t n, F f) {
 }
 
 template <class Raw>
-void gather(const Layout& layout, int stream, const void* from, int64_t begin, int64_t n, void* to) {
-  for_runs(layout, stream, begin, n, [&](int64_t offset, int64_t stride, int64_t count, int64_t at) {
-    for (int64_t i = 0; i < count; ++i)
-      static_cast<Raw*>(to)[at + i] = static_cast<const Raw*>(from)[offset + i * stride];
+void gather(const Walk& walk, int stream, const void* from, int64_t begin, int64_t n, void* to) {
+  for_runs(walk, stream, begin, n, [&](int64_t offset, int64_t stride, int64_t count, int64_t at) {
+    const Raw* const run = static_cast<const Raw*>(from) + offset;
+    if (stride == 1)
+      std::copy(run, run + count, static_cast<Raw*>(to) + at);
+    else
+      for (int64_t i = 0; i < count; ++i) static_cast<Raw*>(to)[at + i] = run[i * stride];
   });
 }
 
 template <class Raw>
-void scatter(const Layout& layout, int stream, void* to, int64_t begin, int64_t n, const void* from) {
-  for_runs(layout, stream, begin, n, [&](int64_t offset, int64_t stride, int64_t count, int64_t at) {
+void scatter(const Walk& walk, int stream, void* to, int64_t begin, int64_t n, const void* from) {
+  for_runs(walk, stream, begin, n, [&](int64_t offset, int64_t stride, int64_t count, int64_t at) {
     for (int64_t i = 0; i < count; ++i)
       static_cast<Raw*>(to)[offset + i * stride] = static_cast<const Raw*>(from)[at + i];
   });
@@ -112,34 +115,41 @@ template <class T>
 struct Stream {
   void* data;
   Dtype dtype;
-  const Layout* layout;
+  const Walk* walk;  // null: dense
   int index;
   alignas(64) T scratch[tile_length];
   alignas(64) unsigned char raw[tile_length * 8];
 
-  bool in_place() const { return !layout && dtype == compute_dtype<T>; }
+  void set(const void* from, Dtype type, const Walk* of_item, int number) {
+    data = const_cast<void*>(from);
+    dtype = type;
+    walk = of_item && !of_item->dense[number] ? of_item : nullptr;
+    index = number;
+  }
+  bool in_place() const { return !walk && dtype == compute_dtype<T>; }
   char* at(int64_t i) const { return static_cast<char*>(data) + i * size_of(dtype); }
+  void* gathered() { return dtype == compute_dtype<T> ? static_cast<void*>(scratch) : raw; }
 
   T* open(int64_t begin, int64_t n) {
     if (in_place()) return reinterpret_cast<T*>(at(begin));
-    const void* from = at(begin);
-    if (layout) {
-      if (size_of(dtype) == 2) gather<uint16_t>(*layout, index, data, begin, n, raw);
-      if (size_of(dtype) == 4) gather<uint32_t>(*layout, index, data, begin, n, raw);
-      if (size_of(dtype) == 8) gather<uint64_t>(*layout, index, data, begin, n, raw);
-      from = raw;
+    if (walk) {
+      if (size_of(dtype) == 2) gather<uint16_t>(*walk, index, data, begin, n, gathered());
+      if (size_of(dtype) == 4) gather<uint32_t>(*walk, index, data, begin, n, gathered());
+      if (size_of(dtype) == 8) gather<uint64_t>(*walk, index, data, begin, n, gathered());
     }
-    conversions<T>().load(dtype, from, scratch, n);
+    const void* const from = walk ? gathered() : at(begin);
+    if (from != scratch) conversions<T>().load(dtype, from, scratch, n);
     return scratch;
   }
 
   void close(int64_t begin, int64_t n) {
     if (in_place()) return;
-    conversions<T>().store(dtype, scratch, layout ? static_cast<void*>(raw) : at(begin), n);
-    if (!layout) return;
-    if (size_of(dtype) == 2) scatter<uint16_t>(*layout, index, data, begin, n, raw);
-    if (size_of(dtype) == 4) scatter<uint32_t>(*layout, index, data, begin, n, raw);
-    if (size_of(dtype) == 8) scatter<uint64_t>(*layout, index, data, begin, n, raw);
+    void* const to = walk ? gathered() : at(begin);
+    if (to != scratch) conversions<T>().store(dtype, scratch, to, n);
+    if (!walk) return;
+    if (size_of(dtype) == 2) scatter<uint16_t>(*walk, index, data, begin, n, to);
+    if (size_of(dtype) == 4) scatter<uint32_t>(*walk, index, data, begin, n, to);
+    if (size_of(dtype) == 8) scatter<uint64_t>(*walk, index, data, begin, n, to);
   }
 };
 
@@ -154,15 +164,10 @@ void run_direct(const Update* kernels, const Item& item, int64_t begin, int64_t 
 
 template <class T>
 void run_tiles(const Item& item, int64_t begin, int64_t end, double shift) {
-  Stream<T> p{item.p, item.p_dtype, item.layout, 0};
-  Stream<T> g{const_cast<void*>(item.g), item.g_dtype, item.layout, 1};
-  Stream<T> s[max_slots];
-  for (int k = 0; k < item.slots; ++k) {
-    s[k].data = item.s[k];
-    s[k].dtype = item.s_dtype[k];
-    s[k].layout = item.layout;
-    s[k].index = 2 + item.first_slot + k;
-  }
+  Stream<T> p, g, s[max_slots];
+  p.set(item.p, item.p_dtype, item.walk, 0);
+  g.set(item.g, item.g_dtype, item.walk, 1);
+  for (int k = 0; k < item.slots; ++k) s[k].set(item.s[k], item.s_dtype[k], item.walk, 2 + item.first_slot + k);
   for (int64_t i = begin; i < end; i += tile_length) {
     const int64_t n = std::min(tile_length, end - i);
     Run run{p.open(i, n), g.open(i, n), {}, item.row, shift, n};
@@ -185,7 +190,8 @@ void run_part(const Item& item, int64_t begin, int64_t end, double shift) {
 template <class T>
 T mean(const Item& item, int64_t begin, int64_t n) {
   ExactSum sum;
-  Stream<T> g{const_cast<void*>(item.g), item.g_dtype, item.layout, 1};
+  Stream<T> g;
+  g.set(item.g, item.g_dtype, item.walk, 1);
   const int64_t step = g.in_place() ? n : tile_length;
   for (int64_t i = 0; i < n; i += step) {
     const int64_t m = std::min(step, n - i);
@@ -229,6 +235,31 @@ int64_t snap(const Item& item, int64_t at) {
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = choose();
   return chosen;
+}
+
+Walk::Walk(const Layout& layout, int streams, bool in_order) {
+  std::vector<size_t> order;
+  for (size_t d = 0; d < layout.sizes.size(); ++d)
+    if (layout.sizes[d] != 1) order.push_back(d);
+  const auto wider = [&](size_t a, size_t b) { return layout.strides[0][a] > layout.strides[0][b]; };
+  if (!in_order) std::stable_sort(order.begin(), order.end(), wider);
+  for (const size_t d : order) {
+    bool joins = !sizes.empty();
+    for (int k = 0; k < streams && joins; ++k) joins = strides[k].back() == layout.strides[k][d] * layout.sizes[d];
+    if (joins) sizes.back() *= layout.sizes[d];
+    if (!joins) sizes.push_back(layout.sizes[d]);
+    for (int k = 0; k < streams; ++k) {
+      if (joins) strides[k].pop_back();
+      strides[k].push_back(layout.strides[k][d]);
+    }
+  }
+  if (sizes.empty()) sizes.push_back(1);
+  for (int k = 0; k < streams; ++k) {
+    strides[k].resize(sizes.size(), 1);
+    int64_t next = 1;
+    dense[k] = true;
+    for (size_t d = sizes.size(); d-- > 0; next *= sizes[d]) dense[k] = dense[k] && strides[k][d] == next;
+  }
 }
 
 std::vector<std::string> chain_names() { return names(Chains{}); }

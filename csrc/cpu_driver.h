@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -13,23 +14,37 @@ namespace fastopt {
 
 inline constexpr int max_dims = 64;
 
-// Strides of every stream over one shape, for tensors that do not share one dense layout. Elements are visited in
-// row-major order of the shape.
+struct Layout;
+
+// Elements as a CPU visits them, in row-major order of these sizes: dimensions from the widest stride of p to the
+// closest, as one where all streams have them one behind the other. A 3x3 filter in channels_last is so read in runs of
+// its channels and not of three elements, and streams that lie as p does need no copies.
+struct Walk {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides[2 + max_slots];
+  bool dense[2 + max_slots];  // streams whose elements are visited as they lie
+
+  // `in_order`: dimensions stay in the order of the shape, whose leading slices are told apart.
+  Walk(const Layout& layout, int streams, bool in_order);
+};
+
+// Strides of every stream over one shape, for tensors that do not share one dense layout.
 struct Layout {
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides[2 + max_slots];  // p, g, state...
+  std::unique_ptr<const Walk> walk;             // for the CPU
 };
 
 struct Item {
   void* p;
   const void* g;
   void* s[max_slots];
-  const void* row;       // coefficients, of the mix's compute type
-  const Layout* layout;  // null: all streams are dense and share their strides
+  const void* row;   // coefficients, of the mix's compute type
+  const Walk* walk;  // null: all streams are dense and share their strides
   int64_t n;
   int64_t rows;  // > 0: the gradient is centralised over this many leading slices
   int16_t chain;
-  int8_t slots, first_slot;  // s[k] is state first_slot + k of the layout
+  int8_t slots, first_slot;  // s[k] is state first_slot + k of the walk
   Mix mix;                   // any_f32 or any_f64 unless dense
   Dtype p_dtype, g_dtype, s_dtype[max_slots];
 };

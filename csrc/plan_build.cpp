@@ -96,7 +96,10 @@ void Plan::layout_with(Entry& entry, c10::IntArrayRef gradient) const {
     entry.layout->strides[0] = tensor[0].impl->strides().vec();
     for (int k = 1; k <= entry.slot_count; ++k) entry.layout->strides[1 + k] = tensor[k].impl->strides().vec();
   }
-  entry.layout->strides[1].assign(gradient.begin(), gradient.end());
+  auto& strides = entry.layout->strides[1];
+  if (entry.layout->walk && gradient == c10::IntArrayRef(strides)) return;
+  strides.assign(gradient.begin(), gradient.end());
+  entry.layout->walk = std::make_unique<Walk>(*entry.layout, 2 + entry.slot_count, entry.rows > 0);
 }
 
 void Plan::build_entry(Entry& entry, const Group& group, const States& states, const std::vector<Ref>& slot_keys) {

@@ -75,7 +75,7 @@ Item Plan::item(const Entry& entry, const Found& found) const {
     item.s[k] = tensor[1 + row.first_slot + k].data;
     item.s_dtype[k] = tensor[1 + row.first_slot + k].dtype;
   }
-  item.layout = found.flat ? nullptr : entry.layout.get();
+  item.walk = found.flat ? nullptr : entry.layout->walk.get();
   return item;
 }
 
