@@ -8,7 +8,7 @@ freshly created state has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress, islice
@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 from fastopt import backends, routing
 from fastopt.backends import native, reference, triton
 from fastopt.backends.amp import NONE, Amp
-from fastopt.plan import PythonPlan, check_state, mended_counters, missing_state
+from fastopt.plan import PythonPlan, check_state, fits, mended_counters, missing_state
 from fastopt.rule import Rule
 from fastopt.setting import PULL, Setting, Settings
+from fastopt.turns import Turns
 
 TorchStep = Callable[[Optimizer], object]
 Due: TypeAlias = "bool | tuple[Tensor, int]"
@@ -60,6 +61,9 @@ class Routes(dict[int, Route]):
         super().__init__(routes)
         self.ordinary = frozenset(ordinary)
 
+    def different(self) -> list[Route]:
+        return list({id(route): route for route in self.values()}.values())
+
     def __missing__(self, name: int) -> Route:
         raise RuntimeError("parameters were added while the step was being prepared; call step() again")
 
@@ -75,6 +79,7 @@ class Engine:
     ) -> None:
         self.rule, self.torch_step = rule, torch_step
         self.asked = backends.wish(backend)
+        self._rest = "torch" if torch_step else "reference"  # which stands in for torch's code where it has no twin
         self.ignored = ignored
         index = {"chain_index": native.chain_index} if backends.available("native") else {}
         # Others of these torch adds to defaults, and not to groups.
@@ -86,6 +91,7 @@ class Engine:
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
         self._created: list[tuple[Tensor, dict[str, Tensor]]] = []  # for this step, until the kernels begin
+        self._idle: list[Tensor] = []  # without a gradient, and with a state that no step could be taken with
         self._distributed: list[Tensor] = []
         self._misplaced: dict[Tensor, Tensor] = {}  # gradients as they were before this step redistributed them
         self._redistributes = False
@@ -94,19 +100,22 @@ class Engine:
         self.whole_step: Callable[[dict[str, Any]], bool] | None = None
         """A step like the last one in a single call, if one plan does it all: see `native.Plan.whole_step`."""
         self._run: Callable[..., bool] | None = None  # likewise, with the groups, state and `sync`: `native.Plan.run`
+        self._turns = Turns()
         self.counts: list[bool] = []  # by group, whether its steps are counted on a device, where nobody waits for them
 
     def release(self) -> None:
         """Let go of what belonged to the last step: state that was replaced must not stay allocated until the next."""
-        self.whole_step = self._run = None
-        self._torch, self._distributed = {}, []
-        for plan in self._made.values():
-            plan.release()
+        with self._turns():
+            self.whole_step = self._run = None
+            self._torch, self._idle, self._distributed, self._plans = {}, [], [], {}
+            for plan in self._made.values():
+                plan.release()
 
     def renew(self) -> None:
         """The state is another: loaded, and so not that of a first step, even if tensors of it are those that were."""
-        self._fresh = {}
-        self.release()
+        with self._turns():
+            self._fresh = {}
+            self.release()
 
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
         """One step of everything that has a gradient; False if an overflow was found and nothing happened.
@@ -116,19 +125,20 @@ class Engine:
         """
         scaler: dict[str, Any] = {} if amp is None else vars(amp)
         given = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
-        watched = bool(routing.operations_are_watched())
-        if watched != self._watched:
-            self._watched = watched
-            self.release()
-        try:
-            if self._distributed:
-                self._place_gradients()
-            return self._step(optimizer, given, sync)
-        finally:
-            # A gradient that was unscaled where it lies stays: its old one is still scaled.
-            for p, grad in self._misplaced.items() if given.scale is None else ():
-                p.grad = grad
-            self._misplaced.clear()
+        with self._turns():
+            watched = bool(routing.operations_are_watched())
+            if watched != self._watched:
+                self._watched = watched
+                self.release()
+            try:
+                if self._distributed:
+                    self._place_gradients()
+                return self._step(optimizer, given, sync)
+            finally:
+                # A gradient that was unscaled where it lies stays: its old one is still scaled.
+                for p, grad in self._misplaced.items() if given.scale is None else ():
+                    p.grad = grad
+                self._misplaced.clear()
 
     def _step(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> bool:
         run = self._run if given is NONE else None
@@ -139,6 +149,8 @@ class Engine:
             scaled = self._until_launch(optimizer, given, sync)
         except BaseException:
             self._forget(optimizer)
+            if not capturing():  # of gradients, too; and plans of routes that were never taken would fit again one day
+                self.release()
             raise
         if scaled is None:
             self._forget(optimizer)
@@ -159,7 +171,7 @@ class Engine:
         scaled = self._settled(given)
         if scaled is None:
             return None
-        if self._torch and self._outdated(optimizer):
+        if any(p.grad is not None for p in self._idle) or (self._torch and self._outdated(optimizer)):
             self.prepare(optimizer)
         for attempt in range(3):
             if self._plans and self._gather(optimizer, sync):
@@ -239,13 +251,14 @@ class Engine:
         routes = self._routes = self.routes(optimizer, members, settings)
         params = list(chain.from_iterable(members))
         strange = [p for p in params if id(p) not in routes.ordinary] if len(routes.ordinary) < len(params) else []
-        different = list({id(route): route for route in routes.values()}.values())
+        self._distributed = [p for p in strange if routing.within(p) is not p]
+        self._place_gradients()
+        self._idle = self._create_state(optimizer, members, settings)
+        routes.update((id(p), Route(self._rest, "it has no gradient, and its state does not fit")) for p in self._idle)
+        different = routes.different()
         takers = {route.backend for route in different}
         self._on_devices = bool(params) and all(route.device for route in different)
         self._torch = {id(p): p for p in params if routes[id(p)].backend == "torch"} if "torch" in takers else {}
-        self._distributed = [p for p in strange if routing.within(p) is not p]
-        self._place_gradients()
-        self._create_state(optimizer, members, settings)
         self.counts = [self._counts(optimizer, *each) for each in zip(members, settings, strict=True)]
         used = takers - {"torch"} or {"reference"}
         self._made |= {name: self._make_plan(name) for name in used - self._made.keys()}
@@ -299,16 +312,27 @@ class Engine:
         if name in ("native", "emulated"):
             return native.make_plan(names, self.settings.of, emulate=name == "emulated")
         if name == "triton":
-            return triton.make_plan(names, self.settings.of)
+            return triton.make_plan(names, self.settings.of, self._turns)
         return PythonPlan(self.settings.of)
 
     def routes(self, optimizer: Optimizer, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]) -> Routes:
         """Who takes each parameter of the optimizer's groups, by its id, as things stand now."""
+        if reason := routing.why_not_containers(optimizer):
+            return Routes((id(p), Route(self._rest, reason, passing=True)) for own in members for p in own)
+        if reason := routing.operations_are_watched():
+            found = Routes((id(p), Route(self._rest, reason, passing=True)) for own in members for p in own)
+        else:
+            found = self._routes_by_kind(members, settings)
+        if any(route.backend == "torch" for route in found.different()):
+            for setting, own in zip(settings, members, strict=True):
+                for p in own:
+                    if found[id(p)].backend == "torch" and _is_mixed(setting, p, optimizer.state.get(p, {})):
+                        reason = f"{found[id(p)].reason}; torch's code wants states and gradients of the same dtype"
+                        found[id(p)] = Route("reference", reason)
+        return found
+
+    def _routes_by_kind(self, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]) -> Routes:
         params = list(chain.from_iterable(members))
-        unusual = routing.operations_are_watched() or routing.why_not_containers(optimizer)
-        if unusual:
-            rest = "torch" if self.torch_step else "reference"
-            return Routes((id(p), Route(rest, unusual, passing=True)) for p in params)
         kinds, apart = native.find_ordinary(params)
         sharing = set() if apart else routing.sharing(params)
         found = Routes(ordinary=compress(map(id, params), kinds))
@@ -334,8 +358,7 @@ class Engine:
         return found
 
     def _route(self, setting: Setting, p: Tensor, shares: bool) -> Route:
-        # Without a torch twin the reference backend stands in for torch's code.
-        rest = "torch" if self.torch_step else "reference"
+        rest = self._rest
         reason = routing.why_not_setting(setting, p, self.asked == "emulated") or routing.why_not_tensor(p)
         if not reason and shares:
             reason = "its memory overlaps another parameter's, or it was given twice"
@@ -383,12 +406,15 @@ class Engine:
 
     def _create_state(
         self, optimizer: Optimizer, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]
-    ) -> None:
-        """All of it, or on an error none of it: a step that ran out of memory can be repeated."""
+    ) -> list[Tensor]:
+        """All of it, or on an error none of it: a step that ran out of memory can be repeated. Returned are parameters
+        of which nothing is asked, for they have no gradient, and whose state may be anything: parked elsewhere, in 8
+        bits, of another shape."""
         pending: list[tuple[Tensor, dict[str, Tensor]]] = []
+        idle: list[Tensor] = []
         complete = native.find_complete(list(zip(settings, members, strict=True)), optimizer.state)
         if complete and all(complete) and len(self._routes.ordinary) == len(complete):
-            return
+            return idle
         is_complete = iter(complete)
         for i, (setting, params) in enumerate(zip(settings, members, strict=True)):
             for k, p in enumerate(params):
@@ -397,11 +423,14 @@ class Engine:
                 if self._routes[id(p)].backend == "torch":
                     continue
                 own = optimizer.state.get(p, {})
+                pulled = self.rule.slow is not None and self.rule.slow.key in own
+                if own and p.grad is None and not pulled and not fits(setting, p, own):
+                    idle.append(p)
+                    continue
                 if own:
                     check_state(setting, p, own, f"parameter {k} of group {i}")
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-                pulled = self.rule.slow is not None and self.rule.slow.key in own
                 needs = missing_state if p.grad is not None or pulled else mended_counters
                 if new := needs(setting, p, own):
                     pending.append((p, new))
@@ -412,6 +441,7 @@ class Engine:
             there = optimizer.state[p]
             self._created.append((p, {key: tensor for key, tensor in new.items() if there.get(key) is None}))
             there.update(new)
+        return idle
 
     def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
         tensor = self._fresh.get(p) if self._fresh else None
@@ -436,7 +466,7 @@ class Engine:
         before: dict[Tensor, Tensor] = {}
         if slow is not None:
             for p in (p for params in left for p in params):
-                if p.grad is not None and slow.key not in optimizer.state.get(p, {}):
+                if p.grad is not None and optimizer.state.get(p, {}).get(slow.key) is None:
                     before[p] = slow.create(p, None)
         with _only(optimizer.param_groups, left), _without_amp(optimizer):
             self.torch_step(optimizer)
@@ -449,6 +479,17 @@ class Engine:
                 alpha = float(self.rule.alpha(self.settings.of(group).h))
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
+
+
+def _is_mixed(setting: Setting, p: Tensor, own: Mapping[str, Any]) -> bool:
+    """Whether a parameter that the kernels could take has a state or gradient of another dtype, as they could too.
+    torch's code casts states as it loads them, and mostly fails if they are others, with the step counted."""
+    if type(p).grad is not Tensor.grad or routing.why_not_setting(setting, p) or routing.why_not_tensor(p):
+        return False
+    grad, states = p.grad, [own.get(slot.key) for slot in setting.named_slots.values()]
+    if grad is not None and (routing.why_not_grad(grad, p.device) or grad.shape != p.shape):
+        return False
+    return any(isinstance(t, Tensor) and t.dtype != p.dtype for t in (grad, *states))
 
 
 def _unscale(grads: list[Tensor], scale: Tensor | None) -> None:

@@ -131,6 +131,7 @@ def explain(optimizer: Optimizer) -> Explanation:
 def _engine(optimizer: Optimizer) -> tuple[Engine, Optimizer, Any]:
     """The engine, the optimizer whose state it drives, and how many steps apart a group synchronises."""
     if isinstance(optimizer, Lookahead) and optimizer.fuses:
+        optimizer.complete_groups()
         return optimizer.engine(), optimizer.optimizer, lambda group: group["lookahead_k"]
     if isinstance(optimizer, Fused):
         return optimizer.engine(), optimizer, lambda group: group.get("k", 1)

@@ -57,7 +57,7 @@ def materialize_state(optimizer: Optimizer) -> None:
             own = inner.state.get(p, {})
             check_state(setting, p, own, f"parameter {k} of group {i}")
             new = missing_state(setting, p, own) if p.requires_grad else {}
-            if wraps and p.requires_grad and SLOW not in own:
+            if wraps and p.requires_grad and own.get(SLOW) is None:
                 new[SLOW] = memory.copy_of(p)
             if new:
                 pending.append((p, new))

@@ -8,7 +8,7 @@ release, which lets go of everything) and drives backends that have no plan of t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -76,8 +76,9 @@ def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: st
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"state {slot.key!r} of {where} is a {type(tensor).__name__}; a tensor is expected")
-        given, wanted = _kind(tensor), _kind(p)
-        if given != wanted:
+        if routing.within(p) is p and type(tensor) is Tensor and _alike(tensor, p):
+            pass  # the words below take 10 times as long
+        elif (given := _kind(tensor)) != (wanted := _kind(p)):
             raise ValueError(
                 f"state {slot.key!r} of {where} is {given}, the parameter is {wanted}: load a state that was saved for "
                 "this model, or clear optimizer.state"
@@ -94,6 +95,20 @@ def check_state(setting: Setting, p: Tensor, state: Mapping[str, Any], where: st
         counter = state.get(key)
         if isinstance(counter, Tensor) and routing.is_released(counter):
             raise RuntimeError(_RELEASED.format(key=key, where=where))
+
+
+def fits(setting: Setting, p: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether what there is of the state of p is such that plans can record it."""
+    try:
+        check_state(setting, p, state, "")
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    keys = [*(slot.key for slot in setting.named_slots.values()), *setting.rule.counters]
+    return all(isinstance(t := state[key], Tensor) and routing.is_memory(t) for key in keys if key in state)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape
 
 
 def _kind(t: Tensor) -> str:
@@ -198,6 +213,7 @@ class PythonPlan:
         row = setting.at(t, carry, single, asked)
         used = ("slow",) if t is None else row.chain.state
         tensors = [state[setting.named_slots[name].key] for name in used]
+        _check_writable((p, *tensors))
         if t is None:
             return Work(p, p.grad, setting, row, tensors, 0)
         return Work(p, p.grad, setting, row, tensors, self._takes[id(p)], counters)
@@ -205,19 +221,27 @@ class PythonPlan:
     @torch.no_grad()
     def launch(self, amp: Amp = NONE) -> None:
         for work in self._work:
-            if work.counters:
-                work.counters[0].add_(1)
-            if len(work.counters) > 1:
-                work.counters[1].fill_(work.row.carry)
-            if work.grad is not None:
-                self._fresh.discard(id(work.p))
             p = routing.within(work.p)
             grad = p if work.grad is None else routing.within(work.grad)
             tensors = [routing.within(tensor) for tensor in work.tensors]
             reference.launch(work.row.chain, p, grad, tensors, work.row.coefficients, work.rows)
             if p is not work.p:
                 torch.autograd.graph.increment_version(work.p)
+            # What could not be computed was not counted.
+            if work.counters:
+                work.counters[0].add_(1)
+            if len(work.counters) > 1:
+                work.counters[1].fill_(work.row.carry)
+            if work.grad is not None:
+                self._fresh.discard(id(work.p))
         self._work = []
+
+
+def _check_writable(tensors: Iterable[Tensor]) -> None:
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        raise RuntimeError(
+            "a parameter or state that was made under torch.inference_mode() cannot be updated outside it: clone it"
+        )
 
 
 def _next(counter: Tensor, t: float) -> float:

@@ -173,12 +173,20 @@ def intercepts(t: Tensor) -> bool:
     return bool((torch._C._dispatch_keys(t) & _INTERCEPTING).raw_repr()) or t.device.type == "meta"
 
 
+def is_memory(t: Tensor) -> bool:
+    """Whether a tensor, or what it stands for, is what lies in its memory."""
+    local = within(t)
+    return local.layout == torch.strided and not intercepts(local) and not local.is_neg() and not local.is_conj()
+
+
 def is_released(t: Tensor) -> bool:
     """Whether the storage of a strided tensor has no room for its elements any more."""
     return t.layout == torch.strided and t.numel() > 0 and _storage_end(t) > t.untyped_storage().nbytes()
 
 
 def _storage_end(t: Tensor) -> int:
+    if t.is_contiguous():
+        return (int(t.storage_offset()) + t.numel()) * t.element_size()
     last = int(t.storage_offset()) + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()
 
@@ -191,7 +199,7 @@ def overlaps_itself(t: Tensor) -> bool:
     for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
         if stride < reach:
             return True
-        reach = stride * n
+        reach += stride * (n - 1)  # one more than the furthest element so far
     return False
 
 

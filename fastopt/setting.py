@@ -268,6 +268,14 @@ def _number(key: str, x: Any) -> float:
     return number
 
 
+def _check_numbers(rule: Rule, h: Hyper) -> None:
+    """As compiled code does when it is handed them; here for backends that would notice in the midst of a step."""
+    _, hyper = rule.twin(h) or ("", {})
+    for key, x in {"weight_decay": h.weight_decay, **hyper}.items():
+        if not isinstance(x, Tensor):
+            _number(key, x)
+
+
 def _decay_row(stage: Stage | None, h: Hyper) -> tuple[Number, ...]:
     if stage is None:
         return ()
@@ -334,6 +342,7 @@ class Settings:
             h = self._hyper(values)
             if self._checked:
                 self.rule.check(h)
+                _check_numbers(self.rule, h)
             setting = self._known[values] = Setting(self.rule, h, self._index, self._written)
         return setting
 

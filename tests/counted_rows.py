@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,10 @@ class Counted:
         self.params[0].grad = None
         found: list[Taken | None] = [None] * len(self.params)
 
-        def read(plan: Any, bucket: Any, chain: Any, first: int, aligned: bool, grads: Any, *made: Any) -> None:
+        def bound(plan: Any, *update: Any) -> list[Any]:
+            return [(types.SimpleNamespace(start=lambda bound: read(*update)), None)]
+
+        def read(bucket: Any, chain: Any, first: int, aligned: bool, grads: Any, *made: Any) -> None:
             n, width, (rows, values, _) = len(bucket.entries), len(chain.coefficients), made
             table = values.tensor[values.at : values.at + n * width].reshape(n, width).tolist()
             order = [next(i for i, p in enumerate(self.params) if p is entry.owner) for entry in bucket.entries]
@@ -109,7 +113,7 @@ class Counted:
                     found[k] = Taken(chain.name, table[number])
 
         with monkeypatch.context() as patch:
-            patch.setattr(triton.plan.TritonPlan, "_start", read)
+            patch.setattr(triton.plan.TritonPlan, "_bound", bound)
             self.optimizer.step()
         return found
 

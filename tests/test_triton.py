@@ -406,12 +406,10 @@ def steps_without_kernels(monkeypatch: pytest.MonkeyPatch, count: int, **kwargs:
     launched: list[Any] = []
     monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
 
-    def start(self: Any, *update: Any) -> list[Any]:
-        launched.append(update)
-        again = types.SimpleNamespace(start=lambda bound: launched.append(update))
-        return [(again, None)]
+    def bound(self: Any, *update: Any) -> list[Any]:
+        return [(types.SimpleNamespace(start=lambda bound: launched.append(update)), None)]
 
-    monkeypatch.setattr(triton.plan.TritonPlan, "_start", start)
+    monkeypatch.setattr(triton.plan.TritonPlan, "_bound", bound)
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
     optimizer = fastopt.Adam(params, backend="triton", **kwargs)
     for p in params:
@@ -457,9 +455,9 @@ def test_a_step_like_the_last_is_started_as_that_was(monkeypatch: pytest.MonkeyP
     """Only addresses and coefficients are new then; whatever else differs is found out anew."""
     optimizer, launched = steps_without_kernels(monkeypatch, 3)
     found: list[int] = []
-    run = triton.compiled.CompiledPlan._run_taken
+    send = triton.compiled.CompiledPlan._send_taken
     monkeypatch.setattr(
-        triton.compiled.CompiledPlan, "_run_taken", lambda self, *given: [found.append(1), run(self, *given)]
+        triton.compiled.CompiledPlan, "_send_taken", lambda self, *given: found.append(1) or send(self, *given)
     )
     (group,) = optimizer.param_groups
     p, q, r = group["params"]
@@ -557,6 +555,8 @@ CHANGES: dict[str, Any] = {
     "parameter moved": lambda p, o: setattr(p, "data", p.data.clone()),
     "parameter dtype": lambda p, o: _another_kind(p),
     "parameter strides": lambda p, o: setattr(p, "data", p.data.t()),
+    "parameter negated": lambda p, o: setattr(p, "data", torch._neg_view(p.data)),
+    "state negated": lambda p, o: setattr(o.state[p]["exp_avg"], "data", torch._neg_view(o.state[p]["exp_avg"])),
     "parameter shape": lambda p, o: setattr(p, "data", p.data[:1]),
     "gradient dtype": lambda p, o: _another_kind(p.grad),
     "gradient strides": lambda p, o: setattr(p, "grad", p.grad.t().contiguous().t()),
@@ -570,10 +570,13 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("guards", [True, False], ids=["guards", "no guards"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_tables_that_no_longer_fit_are_noticed(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_that_no_longer_fit_are_noticed(change: Any, guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
-    monkeypatch.setattr(triton.plan.TritonPlan, "_start", lambda *args: [])
+    monkeypatch.setattr(triton.plan.TritonPlan, "_bound", lambda *args: [])
+    if not guards:
+        monkeypatch.setattr(triton.plan, "_guards", lambda tensors: None)
     params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16)) for _ in range(3)]
     optimizer = fastopt.Adam(params, backend="triton")
     for p in params:

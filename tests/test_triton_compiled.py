@@ -130,7 +130,8 @@ def compile_chain(chain: Chain, variant: Variant, target: Target) -> list[Any]:
     amp = Amp(torch.ones(()), torch.zeros(())) if variant.scaled else NONE
     first_slot = 1 if chain is PULL else 0
     scaler = triton.launch.Scaler(amp, torch.device("cpu"))
-    plan._start(b, chain, first_slot, b.key.aligned, grads, rows, coefficients, scaler)
+    for ready, start in plan._bound(b, chain, first_slot, b.key.aligned, grads, rows, coefficients, scaler):
+        ready.start(start)
     return target.kernels
 
 

@@ -105,6 +105,8 @@ def has_float64(device: str) -> bool:
     """Whether a device computes in float64. Without it (Apple's GPUs) the last place is not defined here."""
     try:
         torch.zeros((), dtype=torch.float64, device=device)
+    except torch.OutOfMemoryError:  # says nothing of the device, and is not remembered
+        raise
     except (TypeError, RuntimeError):
         return False
     return True

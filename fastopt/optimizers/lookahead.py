@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from os import getpid
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fastopt.engine import Due, Engine, capturing, is_due, pull_back
 from fastopt.optimizers.base import Fused, entry, hide, torch_step
 from fastopt.optimizers.slow import OF_LOOKAHEAD, SlowWeights, check_slow
 from fastopt.rule import Condition, Hyper, Number, Rule, Slot, copy_of
+from fastopt.turns import Turns
 
 _OUR_STEP = inspect.unwrap(Fused.step)
 K, ALPHA, STEP, SLOW = "lookahead_k", "lookahead_alpha", "lookahead_step", OF_LOOKAHEAD
@@ -175,6 +175,11 @@ class Lookahead(SlowWeights, Optimizer):
         inner = self.optimizer
         return isinstance(inner, Fused) and inspect.unwrap(type(inner).step) is _OUR_STEP and inner.rule.slow is None
 
+    def complete_groups(self) -> None:
+        """Give groups that the inner optimizer was given, or loaded, what this one has in them."""
+        for group in self.param_groups:
+            self._complete(group)
+
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault(K, self._defaults[K])
         group.setdefault(ALPHA, self._defaults[ALPHA])
@@ -204,8 +209,7 @@ class Lookahead(SlowWeights, Optimizer):
 
     def _dues(self) -> list[Due]:
         """What each group does at this step: asked late, for a closure or a hook may have added groups."""
-        for group in self.param_groups:
-            self._complete(group)
+        self.complete_groups()
         return [_due(group) for group in self.param_groups]
 
     def _check_counts(self) -> None:
@@ -257,12 +261,8 @@ class Lookahead(SlowWeights, Optimizer):
                     del own["_drive"]
 
     def _turn(self) -> Any:
-        """A lock. One that another thread held when this process was forked off would never be let go of."""
-        fresh = getpid(), RLock()
-        held: tuple[int, Any] = vars(self).setdefault("_lock", fresh)  # one for all threads, whoever comes first
-        if held[0] != fresh[0]:
-            self._lock = held = fresh
-        return held[1]
+        turns: Turns = vars(self).setdefault("_turns", Turns())  # the same for all threads, whoever comes first
+        return turns()
 
     def engine(self) -> Engine:
         """The engine that runs the inner rule with slow weights appended."""
@@ -279,10 +279,10 @@ class Lookahead(SlowWeights, Optimizer):
         # State of an optimizer that initialises lazily must not exist before its first step, so the copies of the
         # parameters wait outside. With a closure, gradients only appear inside the step.
         before: dict[Tensor, Tensor] = {}
+        self.complete_groups()
         for group in self.param_groups:
-            self._complete(group)
             for p in group["params"]:
-                if SLOW not in self.state.get(p, {}) and (p.requires_grad if closure else p.grad is not None):
+                if self.state.get(p, {}).get(SLOW) is None and (p.requires_grad if closure else p.grad is not None):
                     before[p] = memory.copy_of(p)
         loss = self.optimizer.step(closure) if closure else self.optimizer.step()
         for p, slow in before.items():
@@ -299,6 +299,7 @@ class Lookahead(SlowWeights, Optimizer):
         """The inner optimizer's own, with what it adds to it; groups and states hold the slow weights."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self.complete_groups()
         state_dict = self.optimizer.state_dict()
         for group in state_dict["param_groups"]:
             group[STEP] = int(group[STEP])
@@ -315,6 +316,7 @@ class Lookahead(SlowWeights, Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        self.complete_groups()
         own = [{key: group[key] for key in (K, ALPHA)} for group in self.param_groups]
         for group in state_dict["param_groups"]:
             check_slow(group.get(K, 1), group.get(ALPHA, 1.0))

@@ -87,10 +87,10 @@ class SlowWeights(_Base):
         """
         _reshard(model)
         pairs = [
-            (p, self.state[p][self.slow_key])
+            (p, slow)
             for group in self.param_groups
             for p in group["params"]
-            if p in self.state and self.slow_key in self.state[p]
+            if p in self.state and (slow := self.state[p].get(self.slow_key)) is not None
         ]
         wrapped: Optimizer | None = getattr(self, "optimizer", None)
         refusals = [one.register_step_pre_hook(_refuse) for one in (self, wrapped) if one is not None]

@@ -24,14 +24,16 @@ import torch
 from fastopt.backends import native
 from fastopt.backends.triton import compiled, plan
 from fastopt.setting import Setting
+from fastopt.turns import Turns
 
 OLDEST = (3, 6)
 
 
-def make_plan(names: native.Names, setting_of: Callable[[Mapping[str, Any]], Setting]) -> plan.TritonPlan:
-    """The plan of an optimizer, by whoever can do the host's work; `names` as for the native plan."""
+def make_plan(names: native.Names, setting_of: Callable[[Mapping[str, Any]], Setting], turns: Turns) -> plan.TritonPlan:
+    """The plan of an optimizer, by whoever can do the host's work; `names` as for the native plan, `turns` those of
+    steps."""
     if compiled.ENABLED and not native.why_not():
-        return compiled.CompiledPlan(setting_of, names)
+        return compiled.CompiledPlan(setting_of, names, turns)
     return plan.TritonPlan(setting_of)
 
 

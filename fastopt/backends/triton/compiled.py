@@ -29,6 +29,7 @@ from fastopt.backends.triton.rows import Job, Part
 from fastopt.backends.triton.tables import Bucket, Tile
 from fastopt.chain import Chain
 from fastopt.setting import Counts, Flags, Groups, Setting, State, chain_named
+from fastopt.turns import Turns
 
 Taken: TypeAlias = "tuple[int, int, bytes, bytes, bytes]"
 """What happens to tensors that take the same chain: its index, the first slot of its states, for each tensor of the
@@ -67,9 +68,14 @@ def _shape(taken: list[Taken]) -> list[tuple[int, int, bytes, int, int]]:
 
 class CompiledPlan(TritonPlan):
     def __init__(
-        self, setting_of: Callable[[Mapping[str, Any]], Setting], names: native.Names, tile: Tile | None = None
+        self,
+        setting_of: Callable[[Mapping[str, Any]], Setting],
+        names: native.Names,
+        turns: Turns,
+        tile: Tile | None = None,
     ) -> None:
         super().__init__(setting_of, tile)
+        self._turns = turns
         self._core = native.make_core(names, setting_of, None, "external")
         self._counted, self._parts = False, dict[Bucket, list[Part]]()
         self._serves = False
@@ -118,9 +124,12 @@ class CompiledPlan(TritonPlan):
         hooks = map(optimizer.get, _CALLED)
         if groups is None or state is None or any(found is None or len(found) for found in hooks):
             return False
-        if not _GIVEN.isdisjoint(optimizer) or not self.gather(groups, state, None):
+        if not _GIVEN.isdisjoint(optimizer):
             return False
-        self.launch()
+        with self._turns():
+            if not (self._serves and self.gather(groups, state, None)):
+                return False
+            self.launch()
         return True
 
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
@@ -141,11 +150,15 @@ class CompiledPlan(TritonPlan):
             return super().launch(amp)
         self.launches = 0
         scaled = self._scaled() if amp.scale is not None else []
+        bound: dict[torch.device, list[Start]] = {}
         for k, device in enumerate(self._on):
             with current(device):
                 gradients, taken = self._core.taken(k)
-                if amp is not NONE or not self._repeat(device, gradients, taken):
-                    self._run_taken(device, gradients, taken, Scaler(amp, device))
+                starts = self._send_again(device, gradients, taken) if amp is NONE else None
+                if starts is None:
+                    starts = self._send_taken(device, gradients, taken, Scaler(amp, device))
+                bound[device] = starts
+        self._start_everywhere(bound)
         self._core.launch([(0, 0, 0)] * len(self._on))
         if scaled:
             torch.autograd.graph.increment_version(scaled)
@@ -157,22 +170,21 @@ class CompiledPlan(TritonPlan):
         routing.refuse_shared_memory([routing.within(grad) for grad in grads])
         return grads
 
-    def _repeat(self, device: torch.device, gradients: bytes, taken: list[Taken]) -> bool:
-        """Do what the last step did, if nothing but addresses and coefficients has changed since."""
+    def _send_again(self, device: torch.device, gradients: bytes, taken: list[Taken]) -> list[Start] | None:
+        """As in the last step, if nothing but addresses and coefficients has changed since."""
         recipe = self._recipes.get(device)
         if recipe is None or recipe.shape != _shape(taken) or self._any_astray(device, gradients):
-            return False
+            return None
         for bucket, _ in self._on[device]:
             bucket.lend()
         block = Block()
         for part in (gradients, *(rows for own in taken for rows in own[3:]), *recipe.numbers):
             block.add(part)
         self._send(device, block)
-        self._start_all(recipe.starts)
-        return True
+        return recipe.starts
 
-    def _run_taken(self, device: torch.device, gradients: bytes, taken: list[Taken], scaler: Scaler) -> None:
-        """Send what a step gives to the tensors of a device, and start the kernels of every bucket."""
+    def _send_taken(self, device: torch.device, gradients: bytes, taken: list[Taken], scaler: Scaler) -> list[Start]:
+        """Send what a step gives to the tensors of a device; the kernels of every bucket."""
         self._recipes.pop(device, None)
         block = Block()
         grads_at = block.add(gradients)
@@ -196,11 +208,12 @@ class CompiledPlan(TritonPlan):
             values = sent.values(bucket.key.compute)
             grads, rows = Addressed(sent.long, grads_at // 8 + begin), Addressed(sent.int, numbers_at)
             given = chain, first_slot, aligned, grads, rows, Addressed(values, values_at), scaler
-            starts += self._start(bucket, *given)
+            starts += self._bound(bucket, *given)
         if counted is not None:
-            self._start_counted(device, counted, sent, scaler)
-        if scaler.absent and not self._counted and not self._any_astray(device, gradients):
+            starts += self._bound_counted(device, counted, sent, scaler)
+        elif scaler.absent and not self._counted and not self._any_astray(device, gradients):
             self._recipes[device] = Recipe(_shape(taken), sent_numbers, starts)
+        return starts
 
     def _any_astray(self, device: torch.device, gradients: bytes) -> bool:
         return any(

@@ -5,7 +5,7 @@ Triton is imported by the first function that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -176,8 +176,8 @@ class Launcher:
         block.add(b"".join(made.inputs))
         return Counted(made, block.add(made.work.tobytes()))
 
-    def _start_counted(self, device: torch.device, counted: Counted, sent: Sent, scaler: Scaler) -> None:
-        """Start the kernel that makes rows and counts, and those that read them; first of all, compile all of them."""
+    def _bound_counted(self, device: torch.device, counted: Counted, sent: Sent, scaler: Scaler) -> list[Start]:
+        """The kernel that makes rows and counts, and those that read them; all of them are compiled."""
         made = counted.made
         memory = self._channels[device].scratch(made.size)
         starts: list[Update] = []
@@ -194,14 +194,15 @@ class Launcher:
             for arguments in starts:
                 for ready, given in self._launches(*arguments):
                     ready.compiled(*given)
-        self._make_rows(device, made, sent, memory, counted.work_at, scaler)
+        bound = [self._bound_rows(device, made, sent, memory, counted.work_at, scaler)]
         for start, arguments in zip(made.starts, starts, strict=True):
             if not start.idle:
-                self._start(*arguments)
+                bound += self._bound(*arguments)
+        return bound
 
-    def _make_rows(
+    def _bound_rows(
         self, device: torch.device, made: Made, sent: Sent, memory: Sent, work_at: int, scaler: Scaler
-    ) -> None:
+    ) -> Start:
         if self._channels[device].capturing:
             self._captured_inputs.append(made.held)
         kernel = making.kernel(tuple(made.variants))
@@ -210,17 +211,19 @@ class Launcher:
             constants = making.BLOCK, making.WORK
             ready = self._ready[device, kernel.fn] = Ready(making.NAME, device, kernel, constants, 1)
         given = sent.long, sent.float64, memory.int, memory.float32, memory.float64, scaler.found_inf, work_at // 8
-        self._start_all([(ready, ready.bound(made.programs, *given))])
+        return ready, ready.bound(made.programs, *given)
 
-    def _start(self, *update: Unpack[Update]) -> list[Start]:
-        starts = [(ready, ready.bound(*given)) for ready, given in self._launches(*update)]
-        self._start_all(starts)
-        return starts
+    def _bound(self, *update: Unpack[Update]) -> list[Start]:
+        """The kernels that run a chain over a bucket, compiled and loaded: what can fail has then not."""
+        return [(ready, ready.bound(*given)) for ready, given in self._launches(*update)]
 
-    def _start_all(self, starts: Sequence[Start]) -> None:
-        for ready, bound in starts:
-            ready.start(bound)
-        self.launches += len(starts)
+    def _start_everywhere(self, bound: dict[torch.device, list[Start]]) -> None:
+        """Start kernels device by device, when those of all of them are compiled."""
+        for device, starts in bound.items():
+            with current(device):
+                for ready, start in starts:
+                    ready.start(start)
+            self.launches += len(starts)
 
     def _launches(
         self,

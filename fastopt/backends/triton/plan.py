@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import chain as concatenated
 from itertools import compress
-from operator import attrgetter, eq, is_, methodcaller, or_
+from operator import attrgetter, eq, is_, or_
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from torch import Tensor
 from fastopt import routing
 from fastopt.backends.amp import NONE, Amp
 from fastopt.backends.triton import tables
-from fastopt.backends.triton.launch import Addressed, Block, Launcher, Scaler, current
+from fastopt.backends.triton.launch import Addressed, Block, Launcher, Scaler, Start, current
 from fastopt.backends.triton.rows import Due, Job, Part
 from fastopt.backends.triton.tables import Bucket, Entry, Key, Tile, classify
 from fastopt.chain import Chain
-from fastopt.rule import FLAGS
+from fastopt.rule import FLAGS, to_single
 from fastopt.setting import Counts, Flags, Groups, Row, Setting, State
 
 _COUNTERS: dict[torch.dtype, Any] = {
@@ -75,25 +75,25 @@ class Segment:
     on_device: bool
     """Whether steps are counted, or a hyper-parameter lies, on the device: the rows are then made there."""
     entries: list[Entry]
-    _written: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    _written: dict[tuple[int, int], list[list[Tensor]]] = field(default_factory=dict)
 
     @cached_property
-    def _kinds(self) -> tuple[torch.dtype, ...]:
+    def kinds(self) -> tuple[torch.dtype, ...]:
         return tuple(counter.dtype for counter in self.entries[0].counters)
 
     def part(self, setting: Setting, asked: Any) -> Part:
         """What a step does to them that is counted on the device."""
         due = Due(*asked) if isinstance(asked, tuple) else bool(asked)
-        return Part(self.begin, self.end, self.entries, setting, due, self._kinds, self.single)
+        return Part(self.begin, self.end, self.entries, setting, due, self.kinds, self.single)
 
     def steps_before(self) -> list[float]:
         """Of entries whose rule counts nothing: whether a step was taken."""
         return [0.0 if entry.fresh else 1.0 for entry in self.entries]
 
-    def written(self, first: int, used: int) -> list[Tensor]:
-        """What a step of all entries writes to, when it uses these states."""
+    def written(self, first: int, used: int) -> list[list[Tensor]]:
+        """What a step of each entry writes to, when it uses these states."""
         if (first, used) not in self._written:
-            self._written[first, used] = [t for e in self.entries for t in _written(e, first, used)]
+            self._written[first, used] = [_written(e, first, used) for e in self.entries]
         return self._written[first, used]
 
 
@@ -165,14 +165,35 @@ class Memory:
         self._dtypes = [t.dtype for t in self._every]
         self._strides = [t.stride() for t in tensors]
         self._shapes = [t.shape for t in tensors]
+        self._guards: Any = None
 
     def holds(self) -> bool:
-        return (
-            all(map(eq, map(Tensor.data_ptr, self._every), self._pointers))
-            and all(map(is_, map(_dtype, self._every), self._dtypes))
+        if list(map(Tensor.data_ptr, self._every)) != self._pointers:
+            return False
+        if self._guards is not None and self._guards.check(*self._every):
+            return True
+        found = (
+            all(map(is_, map(_dtype, self._every), self._dtypes))
             and all(map(eq, map(Tensor.stride, self._tensors), self._strides))
             and all(map(eq, map(_shape, self._tensors), self._shapes))
+            and not any(map(routing.intercepts, self._every))
+            and not any(map(Tensor.is_neg, self._every))
         )
+        if found and self._guards is None:
+            self._guards = _guards(self._every)
+        return found
+
+
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    """What says in one pass over tensors, in a fifth of the time, whether they are of the type, the dispatch keys,
+    dtype, device, shape and strides that these are of. It holds none of them. "No" may have other reasons, such as
+    autocast. None where this torch has no such thing."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except Exception:  # dynamo's own: it may change with any version
+        return None
 
 
 class GroupSettings:
@@ -276,9 +297,9 @@ class TritonPlan(Launcher):
         entries = self._entries
         self._state_keys = list(state)
         self._state_values = list(state.values())
-        self._dicts = [state[e.owner] for e in entries if e.owner in state]
+        self._dicts = [state[p] for p in (*(e.owner for e in entries), *self._waiting) if p in state]
         self._keys = list(concatenated.from_iterable(self._dicts))
-        self._values = list(concatenated.from_iterable(map(methodcaller("values"), self._dicts)))
+        self._values = list(concatenated.from_iterable(map(dict.values, self._dicts)))
         self._memory = Memory([t for e in entries for t in (e.p, *e.tensors)], [t for e in entries for t in e.counters])
         self._owners = [e.owner for e in entries]
         standing_for = [(t, routing.within(t)) for t in (*self._owners, *filter(torch.is_tensor, self._values))]
@@ -288,6 +309,7 @@ class TritonPlan(Launcher):
         self._grad_shapes = [e.p.shape for e in entries]
         self._grad_dtypes = [e.key.g for e in entries]
         self._devices = [e.p.get_device() for e in entries]
+        self._grad_guards: Any = None
         self._fresh = [e for e in entries if e.fresh]
 
     def _unchanged(self, groups: Groups, state: State) -> bool:
@@ -299,7 +321,7 @@ class TritonPlan(Launcher):
             and all(map(is_, state, self._state_keys))
             and all(map(is_, state.values(), self._state_values))
             and list(concatenated.from_iterable(self._dicts)) == self._keys
-            and all(map(is_, concatenated.from_iterable(map(methodcaller("values"), self._dicts)), self._values))
+            and all(map(is_, concatenated.from_iterable(map(dict.values, self._dicts)), self._values))
             and all(map(is_, map(_local, self._wrapped), self._locals))
             and self._memory.holds()
         )
@@ -339,8 +361,11 @@ class TritonPlan(Launcher):
             for p in (p for p in self._wrapped if p.grad is not None):
                 routing.check_placements(p)
             grads = [None if g is None else routing.within(g) for g in grads]
-        present = [g for g in grads if g is not None]
-        self._grads = present
+        present = self._grads = [g for g in grads if g is not None]
+        if len(present) == len(grads) and self._grad_guards is not None and self._grad_guards.check(*present):
+            pointers = list(map(Tensor.data_ptr, present))
+            if min(pointers) >= 1 << 40:
+                return pointers
         if not set(map(type, present)) <= {Tensor, torch.nn.Parameter} and any(map(routing.why_not_grad, present)):
             return None
         if not set(map(_layout, present)) <= {torch.strided}:
@@ -365,6 +390,8 @@ class TritonPlan(Launcher):
         if low:
             pointers = [pointer or 1 for pointer in pointers]
         if where is None:
+            if present and self._grad_guards is None:
+                self._grad_guards = _guards(present)
             return pointers
         found = iter(pointers)
         return [0 if g is None else next(found) for g in grads]
@@ -376,24 +403,18 @@ class TritonPlan(Launcher):
             return
         if segment.on_device:
             work.on_device.append(segment.part(setting, asked))
-            if asked or work.present is None:
-                self._written += segment.written(0, len(setting.slots))
-            else:
-                taken = compress(segment.entries, work.present[a:b])
-                self._written += [t for entry in taken for t in _written(entry, 0, len(setting.slots))]
+            everything = segment.written(0, len(setting.slots))
+            taken = everything if asked or work.present is None else compress(everything, work.present[a:b])
+            self._written += concatenated.from_iterable(taken)
             return
         if isinstance(asked, tuple):
             step, k = asked
             asked = (int(step.item()) + 1) % k == 0  # the engine's `is_due` has decided this before
         steps = [t + 1 for t in ([c.value for c in segment.steps] if segment.steps else segment.steps_before())]
+        if max(steps) > 2.0**24 and segment.kinds[:1] == (torch.float32,):
+            steps = list(map(to_single, steps))  # where counting stops, as torch's does
         carries = [c.value for c in segment.carries] if segment.carries else [0.0] * (b - a)
-        uniform = steps.count(steps[0]) == b - a and carries.count(carries[0]) == b - a
-        if uniform and work.present is None and work.misaligned is None:
-            row = self._row(setting, steps[0], carries[0], segment.single, asked)
-            launch = work.launch(row.chain, setting.first_slot(row.chain), work.bucket.key.aligned)
-            launch.rows[a:b] = array("i", [launch.index(row)]) * (b - a)
-            self._updates += [(segment.steps, steps[0]), (segment.carries, row.carry)]
-            self._written += segment.written(launch.first_slot, len(row.chain.state))
+        if self._add_alike(work, segment, setting, steps, carries, asked):
             return
         for k in range(b - a):
             has = work.has(a + k)
@@ -406,6 +427,34 @@ class TritonPlan(Launcher):
             if has:
                 self._updates += [(segment.steps[k : k + 1], steps[k]), (segment.carries[k : k + 1], row.carry)]
             self._written += written if has else written[:2]
+
+    def _add_alike(
+        self, work: Work, segment: Segment, setting: Setting, steps: list[float], carries: list[float], asked: bool
+    ) -> bool:
+        """Add the entries of a segment if all that have a gradient take the same row, and the others no part."""
+        a, b = segment.begin, segment.end
+        has = None if work.present is None or all(work.present[a:b]) else work.present[a:b]
+        if has is not None:
+            if asked and setting.rule.slow:
+                return False
+            if not any(has):
+                return True
+        counters, second = segment.steps, segment.carries
+        if has is not None:
+            steps, carries = list(compress(steps, has)), list(compress(carries, has))
+            counters, second = list(compress(counters, has)), list(compress(second, has))
+        if steps.count(steps[0]) < len(steps) or carries.count(carries[0]) < len(carries):
+            return False
+        row = self._row(setting, steps[0], carries[0], segment.single, asked)
+        first_slot = setting.first_slot(row.chain)
+        for aligned, taken in _apart(work, a, b, has):
+            launch = work.launch(row.chain, first_slot, aligned)
+            index = launch.index(row)
+            launch.rows[a:b] = array("i", [index if yes else -1 for yes in taken] if taken else [index] * (b - a))
+        self._updates += [(counters, steps[0]), (second, row.carry)]
+        written = segment.written(first_slot, len(row.chain.state))
+        self._written += concatenated.from_iterable(written if has is None else compress(written, has))
+        return True
 
     def _row(self, setting: Setting, t: float | None, carry: float, single: bool, asked: bool) -> Row:
         key = (setting, t, carry, single, asked)
@@ -424,9 +473,11 @@ class TritonPlan(Launcher):
         devices: dict[torch.device, list[Work]] = {}
         for work in self._work:
             devices.setdefault(work.bucket.key.device, []).append(work)
+        bound: dict[torch.device, list[Start]] = {}
         for device, works in devices.items():
             with current(device):
-                self._run(device, works, Scaler(amp, device))
+                bound[device] = self._send_work(device, works, Scaler(amp, device))
+        self._start_everywhere(bound)
         for counters, value in self._updates:
             for counter in counters:
                 counter.value = value
@@ -436,23 +487,26 @@ class TritonPlan(Launcher):
         torch.autograd.graph.increment_version(self._written)
         self._work, self._updates, self._written, self._grads = [], [], [], []
 
-    def _run(self, device: torch.device, works: list[Work], scaler: Scaler) -> None:
+    def _send_work(self, device: torch.device, works: list[Work], scaler: Scaler) -> list[Start]:
+        """Send what a step gives to a device; the kernels that are to be started."""
         block = Block()
         grads = [block.add(array("q", work.pointers).tobytes()) // 8 for work in works]
         jobs = [work.job(at) for work, at in zip(works, grads, strict=True) if work.on_device]
         counted = self._add_jobs(device, block, jobs)
         places = [_place(block, work) for work in works]
         sent = self._send(device, block)
+        starts: list[Start] = []
         for work, grads_at, launches in zip(works, grads, places, strict=True):
             work.bucket.lend()
             values = sent.values(work.bucket.key.compute)
             for launch, rows_at, values_at in launches:
-                self._start(
+                starts += self._bound(
                     work.bucket, launch.chain, launch.first_slot, launch.aligned,
                     Addressed(sent.long, grads_at), Addressed(sent.int, rows_at), Addressed(values, values_at), scaler,
                 )  # fmt: skip
         if counted is not None:
-            self._start_counted(device, counted, sent, scaler)
+            starts += self._bound_counted(device, counted, sent, scaler)
+        return starts
 
 
 def _place(block: Block, work: Work) -> list[tuple[Launch, int, int]]:
@@ -484,8 +538,26 @@ def _entry(p: Tensor, group: int, setting: Setting, state: Mapping[str, Any], ro
                 f"state {key!r} of a parameter of group {group} is on {counter.device}, it on {local.device}; "
                 "a counter is on the CPU or where its parameter is"
             )
+    for t in (*tensors, *counters):
+        if not routing.is_memory(t):
+            raise ValueError(
+                f"a state of a parameter of group {group} is a {type(t).__name__} that is not plain memory, which is "
+                "what the kernels read: replace it by one that is (torch.clone makes one of a view)"
+            )
     strides = (local if p.grad is None else routing.within(p.grad)).stride()
     return Entry(p, local, group, tensors, counters, strides, local.numel() // rows if rows else 0, fresh)
+
+
+def _apart(work: Work, a: int, b: int, has: list[bool] | None) -> Iterator[tuple[bool, list[bool] | None]]:
+    """Of the entries a..b with a gradient those that are aligned and those that are not; None for all of them."""
+    if work.misaligned is None:
+        yield work.bucket.key.aligned, has
+        return
+    off = work.misaligned[a:b]
+    for aligned in (True, False):
+        taken = [h and o is not aligned for h, o in zip(has or [True] * (b - a), off, strict=True)]
+        if any(taken):
+            yield aligned, taken
 
 
 def _runs(kinds: Sequence[object]) -> Iterator[tuple[int, int]]:
