@@ -345,9 +345,11 @@ def nvcc_rule() -> Iterator[str]:
 
 
 def find_ninja() -> str | None:
-    """The ninja of the wheel (its folder is on nobody's PATH in an isolated build), else the system's."""
+    """The ninja of the wheel, for an environment that is not activated; else that on PATH, where pip's isolated builds
+    have it: there the wheel of newer versions does not know its own folder (BIN_DIR is empty)."""
     with contextlib.suppress(ImportError):
-        return shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR)
+        if found := shutil.which("ninja", path=importlib.import_module("ninja").BIN_DIR):
+            return found
     return shutil.which("ninja")
 
 

@@ -241,8 +241,10 @@ Walk::Walk(const Layout& layout, int streams, bool in_order) {
   std::vector<size_t> order;
   for (size_t d = 0; d < layout.sizes.size(); ++d)
     if (layout.sizes[d] != 1) order.push_back(d);
-  const auto wider = [&](size_t a, size_t b) { return layout.strides[0][a] > layout.strides[0][b]; };
-  if (!in_order) std::stable_sort(order.begin(), order.end(), wider);
+  const auto before = [&](size_t a, size_t b) {
+    return std::pair(-layout.strides[0][a], a) < std::pair(-layout.strides[0][b], b);
+  };
+  if (!in_order) std::sort(order.begin(), order.end(), before);
   for (const size_t d : order) {
     bool joins = !sizes.empty();
     for (int k = 0; k < streams && joins; ++k) joins = strides[k].back() == layout.strides[k][d] * layout.sizes[d];

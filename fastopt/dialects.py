@@ -114,10 +114,14 @@ class Source:
         wanted = self.counterparts.get(job.kind)
         if wanted is None:
             raise job.refuse(f"{job.kind} has no counterpart there; accepted: {', '.join(self.counterparts)}")
-        others = frozenset[str]().union(*self.counterparts.values()) - wanted
-        if (missing := wanted - saved.keys()) or (foreign := others & saved.keys()):
-            what = f"lacks {listed(missing)}" if missing else f"has {listed(foreign)}"
-            raise job.refuse(f"it was not saved by a {job.kind}, for it {what}")
+        _check_keys(job, saved, wanted, self.counterparts)
+
+
+def _check_keys(job: Job, saved: Group, wanted: frozenset[str], counterparts: Mapping[str, frozenset[str]]) -> None:
+    others = frozenset[str]().union(*counterparts.values()) - wanted
+    if (missing := wanted - saved.keys()) or (foreign := others & saved.keys()):
+        what = f"lacks {listed(missing)}" if missing else f"has {listed(foreign)}"
+        raise job.refuse(f"it was not saved by a {job.kind}, for it {what}")
 
 
 def is_torchs(group: Group) -> bool:
@@ -146,7 +150,31 @@ def _torch_marked(state_dict: StateDict) -> bool:
     return known and not any(source.marked(state_dict) for source in SOURCES.values() if source.counterparts)
 
 
-TORCH = Source("torch", _torch_marked, lambda job, group: group, _unchanged)
+_TORCH_KEYS = {
+    "SGD": frozenset({"dampening"}),
+    "RMSprop": frozenset({"alpha"}),
+    "Adagrad": frozenset({"lr_decay"}),
+    "Adam": frozenset({"betas", "amsgrad"}),
+    "AdamW": frozenset({"betas", "amsgrad"}),
+    "Adamax": frozenset({"betas"}),
+    "NAdam": frozenset({"betas", "momentum_decay"}),
+    "RAdam": frozenset({"betas"}),
+    "Ranger": frozenset({"betas", "alpha", "k", "n_sma_threshold"}),
+}
+"""By which the groups of a class are known, of whatever version, among those of torch's classes and ours."""
+
+
+def _torch_group(job: Job, group: Group) -> Group:
+    """Of a class of torch.optim or ours, in any library's hands."""
+    _check_keys(job, group, _TORCH_KEYS[job.kind], _TORCH_KEYS)
+    if STEP in group and not job.wraps:
+        raise job.refuse(f"a Lookahead saved it: import it into fastopt.Lookahead(fastopt.{job.kind}(...))")
+    if job.kind in ("Adam", "AdamW") and "decoupled_weight_decay" in group:  # older versions do not say
+        job.decay(group, decoupled=bool(group["decoupled_weight_decay"]))
+    return group
+
+
+TORCH = Source("torch", _torch_marked, _torch_group, _unchanged)
 """torch.optim, and fastopt itself."""
 
 
@@ -204,7 +232,7 @@ def _timm_group(job: Job, group: Group) -> Group:
     if STEP in group and not job.wraps:
         raise job.refuse(f"a Lookahead saved it: import it into fastopt.Lookahead(fastopt.{job.kind}(...))")
     if is_torchs(group):
-        return group
+        return _torch_group(job, group)
     new = _without(group, "caution", "corrected_weight_decay", "max_lr_snapshot", "clipping_threshold")
     job.decay(new, decoupled=True)
     return new
@@ -261,7 +289,7 @@ def _kozistr_group(job: Job, group: Group) -> Group:
         raise job.refuse(f"a Lookahead saved it: import it into fastopt.Lookahead(fastopt.{job.kind}(...))")
     new = _without(group, "counter") | ({STEP: group["counter"]} if "counter" in group else {})
     if is_torchs(group):
-        return new
+        return _torch_group(job, new)
     for key in ("adanorm", "adam_debias", *(("fixed_decay",) if group["weight_decay"] else ())):
         if group.get(key):
             raise job.refuse(f"{key}={group[key]} makes it another rule than {job.kind}'s")
@@ -343,7 +371,7 @@ def _optimi_state(job: Job, saved: Group, group: Group, states: States) -> State
             states[key] = (states[key].double() * correction).to(states[key].dtype)
     if "la_param" in states:
         states["slow_buffer"] = states.pop("la_param")
-    if job.kind in ("RAdam", "Ranger"):
+    if t > 0 and job.kind in ("RAdam", "Ranger"):
         job.differs(
             "optimi adds eps to the bias-corrected root, here it is added to the uncorrected one: it weighs "
             f"{corrections['exp_avg_sq'] ** -0.5:.3g} times as much at step {t}, and the same later on"

@@ -80,6 +80,7 @@ class Engine:
         self.rule, self.torch_step = rule, torch_step
         self.asked = backends.wish(backend)
         self._rest = "torch" if torch_step else "reference"  # which stands in for torch's code where it has no twin
+        self.idle_route = Route(self._rest, "it has no gradient, and its state does not fit")
         self.ignored = ignored
         index = {"chain_index": native.chain_index} if backends.available("native") else {}
         # Others of these torch adds to defaults, and not to groups.
@@ -105,17 +106,27 @@ class Engine:
 
     def release(self) -> None:
         """Let go of what belonged to the last step: state that was replaced must not stay allocated until the next."""
-        with self._turns():
-            self.whole_step = self._run = None
+        self.whole_step = self._run = None
+        turn = self._turns()
+        if not turn.acquire(blocking=False):
+            # A step of another thread is under way, which shall not go on with them. Compiled plans know what to do.
+            self._turns.disturbed = True
+            for name in ("native", "emulated"):
+                if name in self._made:
+                    self._made[name].release()
+            return
+        try:
+            self._turns.disturbed = False
             self._torch, self._idle, self._distributed, self._plans = {}, [], [], {}
             for plan in self._made.values():
                 plan.release()
+        finally:
+            turn.release()
 
     def renew(self) -> None:
         """The state is another: loaded, and so not that of a first step, even if tensors of it are those that were."""
-        with self._turns():
-            self._fresh = {}
-            self.release()
+        self._fresh = {}
+        self.release()
 
     def step(self, optimizer: Optimizer, amp: Any = None, sync: Sequence[Due] | None = None) -> bool:
         """One step of everything that has a gradient; False if an overflow was found and nothing happened.
@@ -127,7 +138,7 @@ class Engine:
         given = Amp(scaler.get("grad_scale"), scaler.get("found_inf")) if scaler.keys() & _AMP else NONE
         with self._turns():
             watched = bool(routing.operations_are_watched())
-            if watched != self._watched:
+            if watched != self._watched or self._turns.disturbed:
                 self._watched = watched
                 self.release()
             try:
@@ -139,6 +150,8 @@ class Engine:
                 for p, grad in self._misplaced.items() if given.scale is None else ():
                     p.grad = grad
                 self._misplaced.clear()
+                if self._turns.disturbed:
+                    self.release()
 
     def _step(self, optimizer: Optimizer, given: Amp, sync: Sequence[Due] | None) -> bool:
         run = self._run if given is NONE else None
@@ -174,18 +187,22 @@ class Engine:
         if any(p.grad is not None for p in self._idle) or (self._torch and self._outdated(optimizer)):
             self.prepare(optimizer)
         for attempt in range(3):
-            if self._plans and self._gather(optimizer, sync):
+            if self._plans and self._gather(optimizer, sync) and not self._turns.disturbed:
                 break
             if attempt == 2:
                 raise RuntimeError(
                     "parameters, gradients or state changed while the step was being prepared; call step() again"
                 )
+            self._turns.disturbed = False  # what there is now is looked at
             self.prepare(optimizer)
             sync = self._decided(sync)
+        plans = self._plans
         scaled = self._settled(scaled)  # again: what was prepared meanwhile may not be the kernels' alone
         if scaled is None:
             return None
         ours, theirs = self._to_unscale(optimizer) if scaled.scale is not None else ([], [])
+        if self._turns.disturbed or self._plans is not plans:
+            raise RuntimeError("another thread has changed this optimizer during step()")
         if self._torch:
             with _unscaled(theirs, scaled.scale):
                 self._step_torch(optimizer, sync)
@@ -254,7 +271,7 @@ class Engine:
         self._distributed = [p for p in strange if routing.within(p) is not p]
         self._place_gradients()
         self._idle = self._create_state(optimizer, members, settings)
-        routes.update((id(p), Route(self._rest, "it has no gradient, and its state does not fit")) for p in self._idle)
+        routes.update((id(p), self.idle_route) for p in self._idle)
         different = routes.different()
         takers = {route.backend for route in different}
         self._on_devices = bool(params) and all(route.device for route in different)
@@ -395,21 +412,23 @@ class Engine:
         return [[p for p in group["params"] if id(p) in self._torch] for group in optimizer.param_groups]
 
     def _outdated(self, optimizer: Optimizer) -> bool:
-        """Whether the reason why torch's code took a parameter is gone."""
+        """Whether the reason why torch's code took a parameter is gone, or it would fail by now."""
         if self._watched or self._unusual:
             return self._unusual and not routing.why_not_containers(optimizer)
-        return any(
-            self._routes[id(p)].passing and not self._route(self.settings.of(group), p, False).reason
-            for group, params in zip(optimizer.param_groups, self._left(optimizer), strict=True)
-            for p in params
-        )
+        for group, params in zip(optimizer.param_groups, self._left(optimizer), strict=True):
+            setting = self.settings.of(group)
+            for p in params:
+                if self._routes[id(p)].passing and not self._route(setting, p, False).reason:
+                    return True
+                if _is_mixed(setting, p, optimizer.state.get(p, {})):
+                    return True
+        return False
 
     def _create_state(
         self, optimizer: Optimizer, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]
     ) -> list[Tensor]:
-        """All of it, or on an error none of it: a step that ran out of memory can be repeated. Returned are parameters
-        of which nothing is asked, for they have no gradient, and whose state may be anything: parked elsewhere, in 8
-        bits, of another shape."""
+        """All of it, or on an error none of it: a step that ran out of memory can be repeated. Returned are those that
+        are idle."""
         pending: list[tuple[Tensor, dict[str, Tensor]]] = []
         idle: list[Tensor] = []
         complete = native.find_complete(list(zip(settings, members, strict=True)), optimizer.state)
@@ -424,7 +443,7 @@ class Engine:
                     continue
                 own = optimizer.state.get(p, {})
                 pulled = self.rule.slow is not None and self.rule.slow.key in own
-                if own and p.grad is None and not pulled and not fits(setting, p, own):
+                if self.is_idle(setting, p, own):
                     idle.append(p)
                     continue
                 if own:
@@ -442,6 +461,12 @@ class Engine:
             self._created.append((p, {key: tensor for key, tensor in new.items() if there.get(key) is None}))
             there.update(new)
         return idle
+
+    def is_idle(self, setting: Setting, p: Tensor, own: Mapping[str, Any]) -> bool:
+        """Whether nothing is asked of a parameter, for it has no gradient, and its state is none for a plan: it may be
+        parked elsewhere, in 8 bits, of another shape."""
+        pulled = self.rule.slow is not None and self.rule.slow.key in own
+        return bool(own) and p.grad is None and not pulled and not fits(setting, p, own)
 
     def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
         tensor = self._fresh.get(p) if self._fresh else None
@@ -484,12 +509,12 @@ class Engine:
 def _is_mixed(setting: Setting, p: Tensor, own: Mapping[str, Any]) -> bool:
     """Whether a parameter that the kernels could take has a state or gradient of another dtype, as they could too.
     torch's code casts states as it loads them, and mostly fails if they are others, with the step counted."""
+    grad, states = p.grad, [own.get(slot.key) for slot in setting.named_slots.values()]
+    if not any(isinstance(t, Tensor) and t.dtype != p.dtype for t in (grad, *states)):
+        return False
     if type(p).grad is not Tensor.grad or routing.why_not_setting(setting, p) or routing.why_not_tensor(p):
         return False
-    grad, states = p.grad, [own.get(slot.key) for slot in setting.named_slots.values()]
-    if grad is not None and (routing.why_not_grad(grad, p.device) or grad.shape != p.shape):
-        return False
-    return any(isinstance(t, Tensor) and t.dtype != p.dtype for t in (grad, *states))
+    return grad is None or not (routing.why_not_grad(grad, p.device) or grad.shape != p.shape)
 
 
 def _unscale(grads: list[Tensor], scale: Tensor | None) -> None:

@@ -115,7 +115,8 @@ def explain(optimizer: Optimizer) -> Explanation:
         params: list[Tensor] = group["params"]
         groups.append(_group_row(i, group, setting, owner))
         for k, p in enumerate(params):
-            route = routes[id(p)]
+            idle = engine.is_idle(setting, p, owner.state.get(p, {}))
+            route = engine.idle_route if idle else routes[id(p)]
             taker = Route(route.backend, device=route.device)
             chains.setdefault((taker, str(p.device), setting.chain.name), []).append((p, setting, period(group)))
             if route.reason:

@@ -62,9 +62,10 @@ def import_state(optimizer: Optimizer, state_dict: Mapping[str, Any], source: st
     checkpoint = _checked(state_dict)
     found = _source(checkpoint, source)
     job = Job(kind, cls.rule, wraps, ImportReport(found.name))
-    optimizer.load_state_dict(_translated(job, found, _checked(found.flat(checkpoint)), optimizer.param_groups))
+    translated = _translated(job, found, _checked(found.flat(checkpoint)), optimizer.param_groups)
     if job.report.dropped or job.report.differs:
-        warnings.warn(str(job.report), stacklevel=2)
+        warnings.warn(str(job.report), stacklevel=2)  # before it is loaded: a filter may make an error of it
+    optimizer.load_state_dict(translated)
     return job.report
 
 

@@ -26,6 +26,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._held = _forks, RLock()
+        self.disturbed = False
+        """Whether somebody has let go of the plans, and did not wait, while another thread had its turn."""
 
     def __call__(self) -> Any:
         if self._held[0] != _forks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import cuda_listing
 import pytest
@@ -121,3 +123,13 @@ def test_builds_share_all_objects_but_the_devices(script: ModuleType, monkeypatc
     assert plain - emulated == plain - every_arch == {"absent_drivers.o"}
     assert len(every_arch - one_arch) == len(cuda_listing.MIXES) + 1
     assert {"module.o", "plan.o", "cpu_kernels.baseline.o"} <= plain & emulated & every_arch & one_arch
+
+
+def test_a_ninja_whose_wheel_does_not_know_where_it_is(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in pip's isolated builds: the module is there, its program on PATH, and BIN_DIR empty."""
+    (ninja := tmp_path / "ninja").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=""))  # type: ignore[arg-type]
+    assert script.find_ninja() == str(ninja)

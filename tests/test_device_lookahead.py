@@ -82,9 +82,9 @@ def on_two_devices(optimizer: Any) -> list[bool]:
     engine, inner = optimizer.engine(), getattr(optimizer, "optimizer", optimizer)
     (group,) = optimizer.param_groups
     engine._routes = {id(p): Route("native", device=True) for p in group["params"]}
-    found = [engine._counts(inner, group, engine.settings.of(group))]
+    found = [engine._counts(inner, group["params"], engine.settings.of(group))]
     group["params"] = group["params"][:1]
-    return [engine._counts(inner, group, engine.settings.of(group)), *found]
+    return [engine._counts(inner, group["params"], engine.settings.of(group)), *found]
 
 
 def test_a_group_on_several_devices_is_counted_by_the_host() -> None:

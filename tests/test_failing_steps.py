@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from cases import Case, backends, by_id, each_backend, parametrize
 from harness import difference, python, ramp, wave
 
 import fastopt
+from fastopt.backends import reference
 
 native_only = pytest.mark.parametrize("backend", backends(["native"]))
 
@@ -296,3 +298,91 @@ def test_a_gradient_of_another_shape_is_torchs_to_judge(backend: str) -> None:
         optimizer.step()
         results.append(q.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.contract("memory", difference="failing steps")
+@each_backend
+def test_a_step_after_one_that_could_not_be_prepared(backend: str) -> None:
+    """What was decided for that one must not be done beside the plans of those before: twice for some parameters."""
+    memory = torch.ones(8)
+    p, q, r = (torch.nn.Parameter(t) for t in (memory[:4], memory[2:6], torch.ones(4)))
+    optimizer = fastopt.SGD([p], lr=1.0, momentum=0.5, backend=backend)
+    for each in (p, q, r):
+        each.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.add_param_group({"params": [q, r]})
+    optimizer.state[r]["momentum_buffer"] = torch.ones(7)
+    with pytest.raises(ValueError, match=r"'momentum_buffer' .*shape \(7,\)"):
+        optimizer.step()
+    optimizer.param_groups.pop()
+    del optimizer.state[r]
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(before - p.detach(), torch.full((4,), 1.5))
+
+
+@pytest.mark.contract("memory", difference="failing steps")
+@each_backend
+def test_what_cannot_be_written_is_noticed_before_anything_is(backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    with torch.inference_mode():
+        q = torch.nn.Parameter(torch.ones(4))
+        q.grad = torch.ones(4)
+    p.grad = torch.ones(4)
+    optimizer = fastopt.Ranger([p, q], lr=1.0, backend=backend)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(4))
+        assert not optimizer.state
+    with torch.inference_mode():
+        p.grad = torch.ones(4)
+        optimizer.step()
+        assert optimizer.state[p]["step"] == optimizer.state[q]["step"] == 1
+
+
+@pytest.mark.contract("live")
+@each_backend
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "AdamW", "Adamax", "NAdam", "RAdam", "Ranger"])
+def test_hyper_parameters_that_are_no_numbers(name: str, backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = getattr(fastopt, name)([p], backend=backend)
+    for key in {"lr", "eps", "weight_decay"} & optimizer.param_groups[0].keys():
+        group = optimizer.param_groups[0]
+        before, group[key] = group[key], "0.1"
+        with pytest.raises(TypeError, match=f"a group's {key} is '0.1'; a number"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(4))
+        assert optimizer.state[p].get("step", 0) == 0
+        group[key] = before
+    optimizer.step()
+    assert not torch.equal(p, torch.ones(4))
+
+
+@pytest.mark.contract("memory", difference="failing steps")
+@each_backend
+def test_a_failed_step_lets_go_of_gradients(backend: str) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = fastopt.Adam([p, q], backend=backend)
+    for each in (p, q):
+        each.grad = torch.ones(4)
+    optimizer.step()
+    freed = weakref.ref(p.grad)
+    q.grad = torch.eye(4).to_sparse()[0]
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    p.grad = None
+    assert freed() is None
+
+
+def test_memory_that_runs_out_says_nothing_about_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("of a test")
+
+    reference.has_float64.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            reference.has_float64("cpu")
+    assert reference.has_float64("cpu")

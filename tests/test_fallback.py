@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from cases import BACKENDS, TORCH_CASES, Case, by_id, each_backend, each_name, parametrize
 from harness import difference, ramp, wave
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastopt
+from fastopt import routing
 
 pytestmark = pytest.mark.contract("fallback")
 
@@ -555,3 +558,41 @@ def test_model_of_everything_at_once() -> None:
         runs.append(copy.copy(params))
     for p, q in zip(*runs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("why", ["watched", "shared"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam", "NAdam", "Adamax", "RMSprop", "Adagrad"])
+def test_states_of_another_dtype_are_not_for_torchs_code(name: str, why: str, backend: str) -> None:
+    """It would fail, with the step counted; the reference takes them, to the bits of steps that the kernels take."""
+    results = []
+    for way in ("", why):
+        torch.manual_seed(0)
+        memory = torch.randn(90).to(torch.bfloat16)
+        p = torch.nn.Parameter(memory[:60])
+        optimizer = getattr(fastopt, name)([p], lr=0.1, backend=backend)
+        p.grad = torch.randn(60).to(torch.bfloat16)
+        optimizer.step()
+        optimizer.state[p].update({k: t.float() for k, t in optimizer.state[p].items() if t.dim()})
+        if way == "shared":
+            optimizer.add_param_group({"params": [torch.nn.Parameter(memory[50:])]})
+        for step in range(4):
+            with FlopCounterMode(display=False) if way == "watched" and step in (1, 2) else contextlib.nullcontext():
+                optimizer.step()
+        assert optimizer.state[p]["step"] == 5
+        assert {t.dtype for t in optimizer.state[p].values()} == {torch.float32}
+        if way == "shared":  # with one that has no gradient
+            assert "of the same dtype" in str(fastopt.explain(optimizer))
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+def test_overlap_is_seen_where_it_is() -> None:
+    """Every second column of an odd number of them has none."""
+    memory = torch.zeros(200)
+    for shape, strides, expected in (
+        ((4, 3), (5, 2), False), ((4, 3), (4, 2), True), ((3, 4), (2, 7), False), ((3, 4), (2, 4), True),
+        ((2, 2, 3), (9, 4, 2), True), ((2, 2, 3), (10, 5, 2), False), ((5,), (0,), True), ((1, 5), (0, 1), False),
+    ):  # fmt: skip
+        view = memory.as_strided(shape, strides)
+        assert routing.overlaps_itself(view) == expected, (shape, strides)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from cases import backends
+from cases import backends, each_backend
 from harness import python
 from torch import nn
 
@@ -44,6 +44,39 @@ def test_two_threads_step_one_optimizer(n: int) -> None:
         thread.join()
     assert not errors
     assert (p == -41).all()
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["Adam", "Ranger"])
+def test_threads_take_turns_whoever_steps(name: str, backend: str) -> None:
+    """With a hook, and with an overlapping parameter, which torch's code takes where there is one."""
+    memory = torch.ones(6)
+    params = [nn.Parameter(t) for t in (torch.ones(4), memory[:4], memory[2:])]
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer = getattr(fastopt, name)(params, backend=backend)
+    optimizer.register_step_post_hook(lambda *_: None)
+    optimizer.step()
+    interval, failed = sys.getswitchinterval(), list[Exception]()
+
+    def work() -> None:
+        try:
+            for _ in range(50):
+                optimizer.step()
+        except Exception as error:
+            failed.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert {optimizer.state[p]["step"].item() for p in params} == {151}
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -127,7 +127,7 @@ class CompiledPlan(TritonPlan):
         if not _GIVEN.isdisjoint(optimizer):
             return False
         with self._turns():
-            if not (self._serves and self.gather(groups, state, None)):
+            if not (self._serves and self.gather(groups, state, None)) or self._turns.disturbed:
                 return False
             self.launch()
         return True
