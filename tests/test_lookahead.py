@@ -142,6 +142,23 @@ def test_step_counter_is_per_group(inner: str) -> None:
 
 
 @each_inner
+def test_groups_that_the_inner_optimizer_was_given(inner: str) -> None:
+    """Or loaded: whatever looks at them first gives them what they lack."""
+    looks: tuple[Any, ...] = (lambda o: o.state_dict(), lambda o: o.load_state_dict(saved), lambda o: o.step())
+    if fastopt.Lookahead(INNER[inner](params())).fuses:
+        looks += (fastopt.explain,)
+    for look in looks:
+        ps = params()
+        optimizer = fastopt.Lookahead(INNER[inner]([{"params": ps[:1]}]), k=3, alpha=0.25)
+        optimizer.optimizer.add_param_group({"params": ps[1:]})
+        saved = optimizer.optimizer.state_dict()
+        optimizer.optimizer.load_state_dict(saved)
+        look(optimizer)
+        assert [(g["lookahead_k"], g["lookahead_alpha"]) for g in optimizer.param_groups] == [(3, 0.25)] * 2
+        assert {g["lookahead_step"] for g in optimizer.param_groups} <= {0, 1}
+
+
+@each_inner
 def test_groups_may_have_their_own_k_and_alpha(inner: str) -> None:
     ps = params()
     groups = [{"params": ps[:1], "lookahead_k": 2, "lookahead_alpha": 0.0}, {"params": ps[1:]}]

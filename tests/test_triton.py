@@ -43,6 +43,7 @@ INTERPRETED = {
     "live changes": ("tests/test_live.py", "tests/test_failing_steps.py", "tests/test_compile.py", "-k", "triton"),
     "whole steps": ("tests/test_whole_step.py", "-k", "not every_rule and not counted_once"),
     "rows of kernels": ("tests/interpreted_rows.py", "-k", "rows_made"),
+    "failures": ("tests/interpreted_failures.py",),
     "counted steps": ("tests/interpreted_rows.py", "-k", "not rows_made"),
 }
 ALIKE = ("the kernels", "rows of kernels")
