@@ -16,9 +16,9 @@ inline constexpr int max_dims = 64;
 
 struct Layout;
 
-// Elements as a CPU visits them, in row-major order of these sizes: dimensions from the widest stride of p to the
+// Elements as they are visited, in row-major order of these sizes: dimensions from the widest stride of p to the
 // closest, as one where all streams have them one behind the other. A 3x3 filter in channels_last is so read in runs of
-// its channels and not of three elements, and streams that lie as p does need no copies.
+// its channels and not of three elements, and on a CPU streams that lie as p does need no copies.
 struct Walk {
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides[2 + max_slots];
@@ -32,7 +32,7 @@ struct Walk {
 struct Layout {
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides[2 + max_slots];  // p, g, state...
-  std::unique_ptr<const Walk> walk;             // for the CPU
+  std::unique_ptr<const Walk> walk;
 };
 
 struct Item {

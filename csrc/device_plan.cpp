@@ -70,7 +70,7 @@ Mix stored_as(const DeviceTensor& t) {
 
 Mix mix_of(const DeviceEntry& entry, bool aligned, const DeviceDriver& driver) {
   const Mix mix = stored_as(entry.tensor);
-  return aligned && !entry.layout && driver.has_mix[static_cast<int>(mix)] ? mix : any_mix(entry.tensor.p_dtype);
+  return aligned && !entry.walk && driver.has_mix[static_cast<int>(mix)] ? mix : any_mix(entry.tensor.p_dtype);
 }
 
 size_t DevicePlan::add(const DeviceEntry& entry, bool aligned, const DeviceCounters* counters) {
@@ -151,13 +151,12 @@ class Blob {
   size_t size_ = 0;
 };
 
-DeviceStrides device_strides(const Layout& layout) {
+DeviceStrides device_strides(const Walk& walk) {
   DeviceStrides result{};
-  result.dims = static_cast<int32_t>(layout.sizes.size());
+  result.dims = static_cast<int32_t>(walk.sizes.size());
   if (result.dims > max_device_dims) throw std::invalid_argument("fastopt: too many dimensions for a device kernel");
-  std::copy(layout.sizes.begin(), layout.sizes.end(), result.sizes);
-  for (int k = 0; k < 2 + max_slots; ++k)
-    std::copy(layout.strides[k].begin(), layout.strides[k].end(), result.strides[k]);
+  std::copy(walk.sizes.begin(), walk.sizes.end(), result.sizes);
+  for (int k = 0; k < 2 + max_slots; ++k) std::copy(walk.strides[k].begin(), walk.strides[k].end(), result.strides[k]);
   return result;
 }
 
@@ -237,8 +236,8 @@ void DevicePlan::place(const DeviceMemory& memory) {
       tensor.stored = stored_as(tensor);
       if (bucket.first_sum[i] != bucket.first_sum[i + 1])
         tensor.parts = reinterpret_cast<Pair*>(base + at.parts) + bucket.first_sum[i];
-      if (bucket.entries[i].layout) {
-        strides[i] = device_strides(*bucket.entries[i].layout);
+      if (bucket.entries[i].walk) {
+        strides[i] = device_strides(*bucket.entries[i].walk);
         tensor.strides = reinterpret_cast<const DeviceStrides*>(base + at.strides) + i;
         put(host, at.strides + i * sizeof(DeviceStrides), &strides[i], 1);
       }

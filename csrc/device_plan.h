@@ -27,9 +27,9 @@ struct DeviceMemory {
 };
 
 struct DeviceEntry {
-  DeviceTensor tensor;   // its `parts` and `strides` are filled in here
-  const Layout* layout;  // null: dense
-  int8_t slots;          // how many states
+  DeviceTensor tensor;  // its `parts` and `strides` are filled in here
+  const Walk* walk;     // null: dense
+  int8_t slots;         // how many states
 };
 
 // The mix whose kernels take a tensor, given which the driver has.

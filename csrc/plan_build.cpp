@@ -160,7 +160,7 @@ void Plan::plan_device(Entry& entry) {
     tensor.s_dtype[k] = memory[1 + k].dtype;
     entry.aligned = entry.aligned && is_aligned(tensor.s[k]);
   }
-  planned.layout = entry.layout.get();
+  planned.walk = entry.layout ? entry.layout->walk.get() : nullptr;
   planned.slots = entry.slot_count;
 
   const int index = p->device().is_cuda() ? p->device().index() : 0;

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cases import both, each_name
 
 import fastopt
 
@@ -63,3 +64,20 @@ def test_a_whole_script() -> None:
         return torch.cat([p.detach().flatten() for p in average.parameters()])
 
     assert torch.equal(train(fastopt), train(torch.optim))
+
+
+@pytest.mark.contract("wrappers", difference="names")
+@each_name
+def test_what_our_classes_have_beside_torchs(name: str) -> None:
+    p = torch.nn.Parameter(torch.ones(1))
+    ours, theirs = (cls([p]) for cls in both(name))
+    own = {key for key in set(dir(ours)) - set(dir(theirs)) if not key.startswith("_")}
+    assert own == {"backend", "engine", "rule", "torch_class"}
+
+
+@pytest.mark.parametrize("name", ["Ranger", "Lookahead", "Adam"])
+def test_a_group_that_is_none(name: str) -> None:
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = fastopt.Lookahead(fastopt.Adam([p])) if name == "Lookahead" else getattr(fastopt, name)([p])
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        optimizer.add_param_group([p])

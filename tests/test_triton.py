@@ -523,6 +523,12 @@ def test_a_kernel_that_cannot_be_loaded_or_started_is_named() -> None:
             ready.start(ready.bound(1))
 
 
+def test_a_kernel_that_is_still_being_compiled_is_waited_for() -> None:
+    """As in `triton.AsyncCompileMode`."""
+    kernel = types.SimpleNamespace(warmup=lambda *given, **options: types.SimpleNamespace(result=lambda: "compiled"))
+    assert triton.launch.Ready("adam", torch.device("cuda:1"), kernel, (), 4).compiled(1) == "compiled"
+
+
 def test_equal_settings_share_a_row_across_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, launched = steps_without_kernels(monkeypatch, 1)
     for k in range(40):

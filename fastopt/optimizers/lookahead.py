@@ -189,7 +189,8 @@ class Lookahead(SlowWeights, Optimizer):
         check_slow(group[K], group[ALPHA])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_slow(param_group.get(K, self._defaults[K]), param_group.get(ALPHA, self._defaults[ALPHA]))
+        if isinstance(param_group, dict):  # else torch says that it is none
+            check_slow(param_group.get(K, self._defaults[K]), param_group.get(ALPHA, self._defaults[ALPHA]))
         self.optimizer.add_param_group(param_group)
         self._complete(self.optimizer.param_groups[-1])
 

@@ -173,10 +173,11 @@ class Ranger(Fused, SlowWeights, Optimizer):
         self.defaults.pop("differentiable", None)  # again: no argument of ours
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if "N_sma_threshhold" in param_group:
-            param_group = dict(param_group)
-            param_group["n_sma_threshold"] = param_group.pop("N_sma_threshhold")
-        _check(self.defaults | param_group)
+        if isinstance(param_group, dict):  # else torch says that it is none
+            if "N_sma_threshhold" in param_group:
+                param_group = dict(param_group)
+                param_group["n_sma_threshold"] = param_group.pop("N_sma_threshhold")
+            _check(self.defaults | param_group)
         super().add_param_group(param_group)
 
 

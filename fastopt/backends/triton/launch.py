@@ -110,6 +110,8 @@ class Ready:
         if found is None:
             with self._named():
                 found = self._kernel.warmup(*arguments, *self._constants, grid=(programs, 1, 1), **self._options)
+                if hasattr(found, "result"):  # in triton.AsyncCompileMode it is still being compiled
+                    found = found.result()
             self._compiled[absent] = found
         return found
 
