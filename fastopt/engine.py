@@ -274,7 +274,7 @@ class Engine:
         routes.update((id(p), self.idle_route) for p in self._idle)
         different = routes.different()
         takers = {route.backend for route in different}
-        self._on_devices = bool(params) and all(route.device for route in different)
+        self._on_devices = bool(params) and all(route.device or route is self.idle_route for route in different)
         self._torch = {id(p): p for p in params if routes[id(p)].backend == "torch"} if "torch" in takers else {}
         self.counts = [self._counts(optimizer, *each) for each in zip(members, settings, strict=True)]
         used = takers - {"torch"} or {"reference"}
@@ -303,6 +303,8 @@ class Engine:
             return False  # its own counter lies on one device, which the kernels of others must not read
         for p in params:
             route = self._routes[id(p)]
+            if route is self.idle_route:
+                continue
             own = (optimizer.state.get(p, {}).get(key) for key in self.rule.counters)
             there = all(counter is None or counter.device == p.device for counter in own)
             if not (route.device and there):

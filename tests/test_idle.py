@@ -125,3 +125,18 @@ def test_it_costs_a_rebuild_once(backend: str) -> None:
     advance(model, optimizer, 3)
     assert len(prepared) == 1
     assert "its state does not fit" in str(fastopt.explain(optimizer))
+
+
+@pytest.mark.parametrize("backend", backends(["emulated"]))
+def test_a_device_goes_on_counting(backend: str) -> None:
+    """And looks for an overflow itself."""
+    model = net()
+    optimizer = fastopt.AdamW(model.parameters(), fused=True, backend=backend)
+    advance(model, optimizer, 1)
+    optimizer.zero_grad()
+    model[0].requires_grad_(False)
+    optimizer.state[model[0].weight]["exp_avg"] = "moments.pt"
+    advance(model, optimizer, 1)
+    engine = optimizer.engine()
+    assert engine.counts == [True]
+    assert engine._defers()
