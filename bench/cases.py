@@ -34,7 +34,8 @@ class Workload:
     does not). `misaligned` tensors begin one element after a multiple of 16
     bytes, as views into a flat buffer do. `scheduled`: every step has another learning rate. `moved`: every step finds
     the parameters in other memory, as `p.data = ...` leaves them. `cleared`: zero_grad() after a step is part of it.
-    `sharded`: parameters and gradients are DTensors, as FSDP2 makes them, in a group of one process.
+    `sharded`: parameters and gradients are DTensors, as FSDP2 makes them, in a group of one process. `channels_last`:
+    parameters lie so, and their gradients do not.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -48,6 +49,7 @@ class Workload:
     moved: bool = False
     cleared: bool = False
     sharded: bool = False
+    channels_last: bool = False
 
     @property
     def numel(self) -> int:
@@ -215,6 +217,21 @@ def _moved() -> Case:
     return Case("moved 1000x64", "structure", size, workload, "fast", yardstick=stays, goals=goals, seconds=4)
 
 
+def _channels_last() -> Case:
+    """As flat buffers of gradients leave them, and in their states checkpoints of models that were not. (torch's fused
+    step gives elements the gradients of others there.)"""
+    like = Workload(((256, 256, 3, 3),) * 16, gradients="rewritten")
+    size, workload, goals = (
+        "16x256x256x3x3, channels_last",
+        replace(like, channels_last=True),
+        (Goal("speedup", "≥", 1),),
+    )
+    yardstick = Yardstick("fastopt, all contiguous", workload=like)
+    return Case(
+        "channels_last 16x589,824", "structure", size, workload, "torch", yardstick=yardstick, goals=goals, seconds=4
+    )
+
+
 def _misaligned() -> Case:
     aligned = Yardstick("fastopt, aligned", workload=MEDIUM)
     size = "1000x50,000, misaligned"
@@ -316,6 +333,7 @@ CASES: tuple[Case, ...] = (
     _moved(),
     _cleared(),
     _misaligned(),
+    _channels_last(),
     _sharded("1000x64", TINY),
     _sharded("300x10,000", Workload(tensors(300, 10_000))),
     Case("many 10,000x64", "models", "10,000x64", MANY, "fused", RULES["AdamW"], seconds=5),

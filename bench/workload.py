@@ -35,6 +35,8 @@ class Tensors:
 
     def parameters(self) -> list[Parameter]:
         values = map(self._copy, self._initial)
+        if self.workload.channels_last:
+            values = (value.contiguous(memory_format=torch.channels_last) for value in values)
         return [Parameter(shard(value) if self.workload.sharded else value) for value in values]
 
     def _copy(self, value: Tensor) -> Tensor:
