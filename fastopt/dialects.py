@@ -62,6 +62,8 @@ class Job:
     """Whether the optimizer is a Lookahead."""
     report: ImportReport
     at: int = 0
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """The optimizer's group there. Keys that it has too say nothing about who saved the other."""
 
     def refuse(self, text: str) -> ValueError:
         return ValueError(f"group {self.at} of the checkpoint of {self.report.source}: {text}")
@@ -119,7 +121,7 @@ class Source:
 
 def _check_keys(job: Job, saved: Group, wanted: frozenset[str], counterparts: Mapping[str, frozenset[str]]) -> None:
     others = frozenset[str]().union(*counterparts.values()) - wanted
-    if (missing := wanted - saved.keys()) or (foreign := others & saved.keys()):
+    if (missing := wanted - saved.keys()) or (foreign := others & saved.keys() - job.own.keys()):
         what = f"lacks {listed(missing)}" if missing else f"has {listed(foreign)}"
         raise job.refuse(f"it was not saved by a {job.kind}, for it {what}")
 
@@ -161,12 +163,13 @@ _TORCH_KEYS = {
     "RAdam": frozenset({"betas"}),
     "Ranger": frozenset({"betas", "alpha", "k", "n_sma_threshold"}),
 }
-"""By which the groups of a class are known, of whatever version, among those of torch's classes and ours."""
+"""By which the groups of a class are known among those of torch's classes and ours, from torch 0.4 on."""
 
 
 def _torch_group(job: Job, group: Group) -> Group:
     """Of a class of torch.optim or ours, in any library's hands."""
-    _check_keys(job, group, _TORCH_KEYS[job.kind], _TORCH_KEYS)
+    if job.kind in _TORCH_KEYS:  # a class of one's own may inherit from none of them
+        _check_keys(job, group, _TORCH_KEYS[job.kind], _TORCH_KEYS)
     if STEP in group and not job.wraps:
         raise job.refuse(f"a Lookahead saved it: import it into fastopt.Lookahead(fastopt.{job.kind}(...))")
     if job.kind in ("Adam", "AdamW") and "decoupled_weight_decay" in group:  # older versions do not say

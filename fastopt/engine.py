@@ -203,6 +203,9 @@ class Engine:
         ours, theirs = self._to_unscale(optimizer) if scaled.scale is not None else ([], [])
         if self._turns.disturbed or self._plans is not plans:
             raise RuntimeError("another thread has changed this optimizer during step()")
+        for plan in plans.values():
+            if isinstance(plan, triton.plan.TritonPlan):  # whose kernels may have to be compiled
+                plan.bind(scaled)
         if self._torch:
             with _unscaled(theirs, scaled.scale):
                 self._step_torch(optimizer, sync)

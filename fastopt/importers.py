@@ -114,6 +114,7 @@ def _translated(job: Job, source: Source, checkpoint: StateDict, ours: list[Grou
     groups: list[Group] = []
     state: dict[Any, States] = {}
     for job.at, (saved, own) in enumerate(zip(saved_groups, ours, strict=True)):
+        job.own = own
         source.check(job, saved)
         if source.counterparts is None and (missing := job.rule.lacking(saved)):
             raise job.refuse(f"it has no {listed(missing)}, which {job.kind} needs: another optimizer saved it")

@@ -6,6 +6,7 @@ import copy
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import triton_interpreter  # before anything imports Triton
@@ -53,7 +54,7 @@ def test_nothing_is_started_before_all_is_compiled(monkeypatch: pytest.MonkeyPat
         with pytest.raises(MemoryError, match="of a test"):
             optimizer.step()
     assert all((p == 1).all() for p in params)
-    assert {optimizer.state[p]["step"].item() for p in params} == {0}
+    assert not optimizer.state
     optimizer.step()
     assert {optimizer.state[p]["step"].item() for p in params} == {1}
 
@@ -125,3 +126,64 @@ def test_threads_take_turns() -> None:
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert {optimizer.state[p]["step"].item() for p in params} == {2}
+
+
+def broken(patch: pytest.MonkeyPatch, point: str) -> None:
+    """Something that a launch needs fails."""
+
+    def fails(*arguments: Any, **kwargs: Any) -> Any:
+        raise MemoryError("of a test")
+
+    patch.setattr(triton.launch.Ready if point == "compiled" else triton.tables.Channel, point, fails)
+
+
+@pytest.mark.parametrize("point", ["compiled", "send"])
+def test_other_plans_and_torchs_code_wait_for_what_can_fail(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.ones(6)
+    for make in (fastopt.Ranger, fastopt.AdamW):  # the rest goes to the reference, or to torch's code
+        params = [torch.nn.Parameter(t) for t in (torch.ones(4), memory[:4].clone(), memory[2:].clone())]
+        params[1].data = params[2].data[:4]
+        optimizer = make(params, lr=0.1, backend="triton")
+        for p in params:
+            p.grad = torch.ones(4)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)  # type: ignore[union-attr]
+        before = [t.clone() for p in params for t in (p.detach(), p.grad)]  # type: ignore[union-attr]
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                broken(patch, point)
+                with pytest.raises(MemoryError):
+                    optimizer.step()
+            assert all(map(torch.equal, before, [t for p in params for t in (p.detach(), p.grad)]))  # type: ignore[list-item]
+            assert not optimizer.state
+        optimizer.step()
+        assert {optimizer.state[p]["step"].item() for p in params} == {1}
+
+
+@pytest.mark.parametrize("point", ["compiled", "send"])
+def test_slow_weights_begin_with_the_first_step_that_is_one(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = torch.nn.Parameter(torch.zeros(4))
+    p.grad = torch.ones(4)
+    optimizer = fastopt.Lookahead(fastopt.SGD([p], lr=1.0, backend="triton"), k=1, alpha=0.5)
+    with monkeypatch.context() as patch:
+        broken(patch, point)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    freed = weakref.ref(p.grad)
+    p.grad = None
+    assert freed() is None
+    with torch.no_grad():
+        p.fill_(10.0)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(p, torch.full((4,), 9.5))
+
+
+def test_a_step_in_inference_mode_is_none_the_others_suffer_from() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = fastopt.SGD([p], lr=0.125, backend="triton")
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(p, torch.full((4,), 1 - 3 * 0.125))

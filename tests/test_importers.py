@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peers import PEERS, SHAPES, STEPS, Peer, advance, available, in_groups, parameters, read, through_a_file
+from test_own_rules import PulledBack
 
 import fastopt
 
@@ -163,6 +164,21 @@ def test_another_rule_of_torchs_or_ours_is_refused(saved: str) -> None:
             assert saved in accepted <= {"RAdam", "Adamax"}
         else:
             assert accepted == {saved}
+
+
+def test_classes_of_ones_own() -> None:
+    """With a rule of their own, or with keys in their groups that elsewhere are another rule's."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = PulledBack([p], lr=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    report = fastopt.import_state(PulledBack([torch.nn.Parameter(torch.ones(3))]), optimizer.state_dict(), "torch")
+    assert report.parameters == 1
+    groups = [{"params": [p], "alpha": 0.5}]
+    saved = fastopt.SGD(groups, lr=0.1).state_dict()
+    fastopt.import_state(fastopt.SGD(groups, lr=0.2), saved)
+    with pytest.raises(ValueError, match="for it has alpha"):
+        fastopt.import_state(fastopt.SGD([p]), saved)
 
 
 def test_a_warning_that_is_an_error_comes_before_anything_changes() -> None:

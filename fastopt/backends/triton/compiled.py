@@ -129,12 +129,17 @@ class CompiledPlan(TritonPlan):
         with self._turns():
             if not (self._serves and self.gather(groups, state, None)) or self._turns.disturbed:
                 return False
-            self.launch()
+            try:
+                self.launch()
+            finally:
+                if self._turns.disturbed:  # the engine's next step lets go of the rest
+                    self.release()
         return True
 
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         if not self._serves:
             return super().gather(groups, state, sync)
+        self._forget_step()
         if not self._core.gather(groups, state, sync):
             return False
         if self._counted:
@@ -145,11 +150,10 @@ class CompiledPlan(TritonPlan):
             }
         return True
 
-    def launch(self, amp: Amp = NONE) -> None:
+    def bind(self, amp: Amp) -> None:
         if not self._serves:
-            return super().launch(amp)
-        self.launches = 0
-        scaled = self._scaled() if amp.scale is not None else []
+            return super().bind(amp)
+        self._grads = self._scaled() if amp.scale is not None else []
         bound: dict[torch.device, list[Start]] = {}
         for k, device in enumerate(self._on):
             with current(device):
@@ -158,10 +162,21 @@ class CompiledPlan(TritonPlan):
                 if starts is None:
                     starts = self._send_taken(device, gradients, taken, Scaler(amp, device))
                 bound[device] = starts
-        self._start_everywhere(bound)
-        self._core.launch([(0, 0, 0)] * len(self._on))
-        if scaled:
-            torch.autograd.graph.increment_version(scaled)
+        self._bound_starts = bound
+        return None
+
+    def launch(self, amp: Amp = NONE) -> None:
+        if not self._serves:
+            return super().launch(amp)
+        try:
+            if self._bound_starts is None:
+                self.bind(amp)
+            self._start_everywhere()
+            self._core.launch([(0, 0, 0)] * len(self._on))
+            if self._grads:
+                torch.autograd.graph.increment_version(self._grads)
+        finally:
+            self._forget_step()
         return None
 
     def _scaled(self) -> list[Tensor]:

@@ -149,6 +149,7 @@ class Launcher:
         self._captured: list[list[Bucket]] = []  # what CUDA graphs read at every replay
         self._captured_inputs: list[list[Tensor]] = []  # and of hyper-parameters
         self._captured_kernels: list[dict[Hashable, Ready]] = []  # Triton unloads what nobody holds
+        self._bound_starts: dict[torch.device, list[Start]] | None = None  # of a step that is about to be launched
         self.launches = 0
         """How many kernels the last step launched."""
 
@@ -219,9 +220,10 @@ class Launcher:
         """The kernels that run a chain over a bucket, compiled and loaded: what can fail has then not."""
         return [(ready, ready.bound(*given)) for ready, given in self._launches(*update)]
 
-    def _start_everywhere(self, bound: dict[torch.device, list[Start]]) -> None:
+    def _start_everywhere(self) -> None:
         """Start kernels device by device, when those of all of them are compiled."""
-        for device, starts in bound.items():
+        bound, self._bound_starts, self.launches = self._bound_starts, None, 0
+        for device, starts in (bound or {}).items():
             with current(device):
                 for ready, start in starts:
                     ready.start(start)

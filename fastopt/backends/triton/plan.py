@@ -328,11 +328,11 @@ class TritonPlan(Launcher):
 
     def release(self) -> None:
         TritonPlan.build(self, [], {}, [], [], [])
-        self._work, self._updates, self._written, self._grads = [], [], [], []
+        self._forget_step()
 
     def gather(self, groups: Groups, state: State, sync: Sequence[Any] | None) -> bool:
         """Collect this step's work; False when the tables do not fit what is found. Changes nothing."""
-        self._work, self._updates, self._written = [], [], []
+        self._forget_step()
         if len(self._memo) > 4096:  # a schedule that never repeats a value must not grow this for ever
             self._memo.clear()
         if not self._unchanged(groups, state) or any(p.grad is not None for p in self._waiting):
@@ -464,9 +464,8 @@ class TritonPlan(Launcher):
         return row
 
     @torch.no_grad()
-    def launch(self, amp: Amp = NONE) -> None:
-        """Run the gathered work."""
-        self.launches = 0
+    def bind(self, amp: Amp) -> None:
+        """Send the gathered work, and compile and load the kernels: all of a launch that can fail, and no change."""
         if amp.scale is not None:
             routing.refuse_shared_memory(self._grads)
             self._written += self._grads
@@ -477,15 +476,27 @@ class TritonPlan(Launcher):
         for device, works in devices.items():
             with current(device):
                 bound[device] = self._send_work(device, works, Scaler(amp, device))
-        self._start_everywhere(bound)
-        for counters, value in self._updates:
-            for counter in counters:
-                counter.value = value
-        for entry in self._fresh:
-            entry.fresh = entry.owner.grad is None
-        self._fresh = [entry for entry in self._fresh if entry.fresh]
-        torch.autograd.graph.increment_version(self._written)
-        self._work, self._updates, self._written, self._grads = [], [], [], []
+        self._bound_starts = bound
+
+    @torch.no_grad()
+    def launch(self, amp: Amp = NONE) -> None:
+        """Run the gathered work."""
+        try:
+            if self._bound_starts is None:
+                self.bind(amp)
+            self._start_everywhere()
+            for counters, value in self._updates:
+                for counter in counters:
+                    counter.value = value
+            for entry in self._fresh:
+                entry.fresh = entry.owner.grad is None
+            self._fresh = [entry for entry in self._fresh if entry.fresh]
+            torch.autograd.graph.increment_version(self._written)
+        finally:
+            self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._work, self._updates, self._written, self._grads, self._bound_starts = [], [], [], [], None
 
     def _send_work(self, device: torch.device, works: list[Work], scaler: Scaler) -> list[Start]:
         """Send what a step gives to a device; the kernels that are to be started."""

@@ -157,6 +157,7 @@ class Bucket:
     stream: int = field(init=False)
     """Where its memory belongs, see `lend`."""
 
+    @torch.inference_mode(False)  # steps outside it read and write these too
     def __post_init__(self) -> None:
         key, entries = self.key, self.entries
         self.width = kernels.SIZES + key.rank * (3 + len(key.states))
@@ -315,7 +316,7 @@ class Channel:
         """Memory of n bytes that the kernels of the block sent last write and read among themselves."""
         if n > self._scratch.bytes.numel():
             self._check_growth()
-            self._scratch = Sent(torch.empty(_roomy(n), dtype=torch.uint8, device=self.device))
+            self._scratch = Sent(_memory(_roomy(n), self.device))
             self._scratch_stream = stream_of(self.device)
         if self.capturing and self._scratch not in self._kept:
             self._kept.append(self._scratch)
@@ -332,7 +333,7 @@ class Channel:
 
     def _grow(self, n: int) -> None:
         self._capacity = _roomy(n)
-        self.sent = Sent(torch.empty(self._capacity, dtype=torch.uint8, device=self.device))
+        self.sent = Sent(_memory(self._capacity, self.device))
         self._stream = stream_of(self.device)
         event: Callable[[], Any] = torch.cuda.Event if self._cuda else lambda: None
         self._ring = [Staging(self._host(), event()) for _ in range(self.SLOTS)]
@@ -343,7 +344,13 @@ class Channel:
             self._spare.append(self._host())
 
     def _host(self) -> Tensor:
-        return torch.empty(self._capacity, dtype=torch.uint8, device="cpu", pin_memory=self._cuda)
+        return _memory(self._capacity, "cpu", pin_memory=self._cuda)
+
+
+@torch.inference_mode(False)
+def _memory(n: int, device: torch.device | str, **kwargs: Any) -> Tensor:
+    """Bytes that can be written again outside inference mode, whoever needs them first."""
+    return torch.empty(n, dtype=torch.uint8, device=device, **kwargs)
 
 
 def _roomy(n: int) -> int:
