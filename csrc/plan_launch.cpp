@@ -2,6 +2,8 @@
 // kernels.
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "plan.h"
 
@@ -11,6 +13,20 @@ namespace {
 // How many entries ahead cache lines are asked for: of what counts changes, then of elements.
 constexpr size_t counts_ahead = 8, data_ahead = 2;
 constexpr int64_t release_above = 1 << 20;  // elements worth letting other Python threads run meanwhile
+
+// As fastopt/routing.py: overlaps_itself.
+bool may_overlap(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 1;
+  for (const auto& [stride, n] : dims) {
+    if (stride < reach) return true;
+    reach += stride * (n - 1);
+  }
+  return false;
+}
 
 // Lets other Python threads run for a scope.
 class Unlocked {
@@ -101,10 +117,9 @@ void Plan::check_unscaling() const {
   for (size_t k = 0; k < entries_.size(); ++k) {
     const bool scaled = found_[k].active && found_[k].grad && entries_[k].device >= 0;
     const Layout* layout = scaled ? entries_[k].layout.get() : nullptr;
-    for (size_t d = 0; layout && d < layout->sizes.size(); ++d)
-      if (layout->sizes[d] > 1 && layout->strides[1][d] == 0)
-        throw std::runtime_error(
-            "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own");
+    if (layout && may_overlap(layout->sizes, layout->strides[1]))
+      throw std::runtime_error(
+          "a scaled gradient whose elements share memory cannot be unscaled in place: give p.grad memory of its own");
   }
 }
 

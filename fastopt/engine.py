@@ -44,6 +44,9 @@ def capturing() -> bool:
     return in_use and torch.cuda.is_current_stream_capturing()
 
 
+SHARES = "its memory overlaps another parameter's, or it was given twice"
+
+
 @dataclass(frozen=True)
 class Route:
     """Who updates a parameter: a backend, or torch's own code ("torch"), and why not a faster one."""
@@ -52,6 +55,7 @@ class Route:
     reason: str = ""
     passing: bool = False  # the reason may be gone at the next step
     device: bool = False  # kernels of a device, which read a loss scale and an overflow where they lie
+    lent: bool = False  # to the reference, for torch's code would fail
 
 
 class Routes(dict[int, Route]):
@@ -92,6 +96,7 @@ class Engine:
         self._torch: dict[int, Tensor] = {}  # what goes to torch's code; held, so that no id is used again
         self._fresh: dict[Tensor, Tensor] = {}
         self._created: list[tuple[Tensor, dict[str, Tensor]]] = []  # for this step, until the kernels begin
+        self._lent: set[int] = set()  # what the reference takes instead of torch's code
         self._idle: list[Tensor] = []  # without a gradient, and with a state that no step could be taken with
         self._distributed: list[Tensor] = []
         self._misplaced: dict[Tensor, Tensor] = {}  # gradients as they were before this step redistributed them
@@ -117,7 +122,7 @@ class Engine:
             return
         try:
             self._turns.disturbed = False
-            self._torch, self._idle, self._distributed, self._plans = {}, [], [], {}
+            self._torch, self._lent, self._idle, self._distributed, self._plans = {}, set(), [], [], {}
             for plan in self._made.values():
                 plan.release()
         finally:
@@ -184,8 +189,9 @@ class Engine:
         scaled = self._settled(given)
         if scaled is None:
             return None
-        if any(p.grad is not None for p in self._idle) or (self._torch and self._outdated(optimizer)):
+        if any(self._wakes(optimizer, p) for p in self._idle) or self._outdated(optimizer):
             self.prepare(optimizer)
+            sync = self._decided(sync)
         for attempt in range(3):
             if self._plans and self._gather(optimizer, sync) and not self._turns.disturbed:
                 break
@@ -279,6 +285,7 @@ class Engine:
         takers = {route.backend for route in different}
         self._on_devices = bool(params) and all(route.device or route is self.idle_route for route in different)
         self._torch = {id(p): p for p in params if routes[id(p)].backend == "torch"} if "torch" in takers else {}
+        self._lent = {name for name, route in routes.items() if route.lent} if "reference" in takers else set()
         self.counts = [self._counts(optimizer, *each) for each in zip(members, settings, strict=True)]
         used = takers - {"torch"} or {"reference"}
         self._made |= {name: self._make_plan(name) for name in used - self._made.keys()}
@@ -346,12 +353,24 @@ class Engine:
         else:
             found = self._routes_by_kind(members, settings)
         if any(route.backend == "torch" for route in found.different()):
-            for setting, own in zip(settings, members, strict=True):
-                for p in own:
-                    if found[id(p)].backend == "torch" and _is_mixed(setting, p, optimizer.state.get(p, {})):
-                        reason = f"{found[id(p)].reason}; torch's code wants states and gradients of the same dtype"
-                        found[id(p)] = Route("reference", reason)
+            self._lend(optimizer, found, members, settings)
         return found
+
+    def _lend(
+        self, optimizer: Optimizer, found: Routes, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]
+    ) -> None:
+        """To the reference, what torch's code would fail at; with it all that overlap, for they are updated in turn."""
+        mixed = [
+            p
+            for setting, own in zip(settings, members, strict=True)
+            for p in own
+            if found[id(p)].backend == "torch" and _is_mixed(setting, p, optimizer.state.get(p, {}))
+        ]
+        if any(found[id(p)].reason == SHARES for p in mixed):
+            mixed += [p for own in members for p in own if found[id(p)].reason == SHARES]
+        for name in set(map(id, mixed)):
+            reason = f"{found[name].reason}; torch's code wants states and gradients of the same dtype"
+            found[name] = Route("reference", reason, lent=True)
 
     def _routes_by_kind(self, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]) -> Routes:
         params = list(chain.from_iterable(members))
@@ -383,7 +402,7 @@ class Engine:
         rest = self._rest
         reason = routing.why_not_setting(setting, p, self.asked == "emulated") or routing.why_not_tensor(p)
         if not reason and shares:
-            reason = "its memory overlaps another parameter's, or it was given twice"
+            reason = SHARES
         if reason and setting.h.capturable and not self.torch_step:
             raise RuntimeError(f"capturable=True, but the kernels do not take a parameter on {p.device}: {reason}")
         if reason:
@@ -417,17 +436,26 @@ class Engine:
         return [[p for p in group["params"] if id(p) in self._torch] for group in optimizer.param_groups]
 
     def _outdated(self, optimizer: Optimizer) -> bool:
-        """Whether the reason why torch's code took a parameter is gone, or it would fail by now."""
-        if self._watched or self._unusual:
-            return self._unusual and not routing.why_not_containers(optimizer)
-        for group, params in zip(optimizer.param_groups, self._left(optimizer), strict=True):
+        """Whether the reason is gone why torch's code, or the reference in its place, took a parameter, or torch's code
+        would fail by now."""
+        if not self._torch and not self._lent:
+            return False
+        if self._unusual:
+            return not routing.why_not_containers(optimizer)
+        lent = False
+        for group in optimizer.param_groups:
             setting = self.settings.of(group)
-            for p in params:
-                if self._routes[id(p)].passing and not self._route(setting, p, False).reason:
+            for p in group["params"]:
+                if id(p) not in self._torch and id(p) not in self._lent:
+                    continue
+                route, mixed = self._routes[id(p)], _is_mixed(setting, p, optimizer.state.get(p, {}))
+                if id(p) in self._lent:
+                    lent = lent or mixed
+                elif route is self.idle_route:
+                    continue
+                elif mixed or (not self._watched and route.passing and not self._route(setting, p, False).reason):
                     return True
-                if _is_mixed(setting, p, optimizer.state.get(p, {})):
-                    return True
-        return False
+        return bool(self._lent) and not lent
 
     def _create_state(
         self, optimizer: Optimizer, members: Sequence[Sequence[Tensor]], settings: Sequence[Setting]
@@ -473,6 +501,11 @@ class Engine:
         pulled = self.rule.slow is not None and self.rule.slow.key in own
         return bool(own) and p.grad is None and not pulled and not fits(setting, p, own)
 
+    def _wakes(self, optimizer: Optimizer, p: Tensor) -> bool:
+        """Whether an idle parameter has a gradient again, or slow weights."""
+        slow = self.rule.slow
+        return p.grad is not None or (slow is not None and slow.key in optimizer.state.get(p, {}))
+
     def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
         tensor = self._fresh.get(p) if self._fresh else None
         return tensor is not None and any(tensor is value for value in optimizer.state[p].values())
@@ -483,10 +516,16 @@ class Engine:
         theirs: list[Tensor] = []
         if self._on_devices:
             return ours, theirs
+        devices: list[Tensor] = []  # whose kernels would notice when torch's code has stepped
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if p.grad is not None and not self._routes[id(p)].device:
-                (theirs if id(p) in self._torch else ours).append(p.grad)
-        routing.refuse_shared_memory([*ours, *theirs])
+            if p.grad is not None:
+                route = self._routes[id(p)]
+                (devices if route.device else theirs if id(p) in self._torch else ours).append(p.grad)
+        routing.refuse_shared_memory([*ours, *theirs, *devices])
+        if not torch.is_inference_mode_enabled() and any(grad.is_inference() for grad in (*ours, *theirs)):
+            raise RuntimeError(
+                "a scaled gradient that was made under torch.inference_mode() cannot be unscaled outside it: clone it"
+            )
         return ours, theirs
 
     def _step_torch(self, optimizer: Optimizer, sync: Sequence[Due] | None) -> None:
@@ -505,17 +544,18 @@ class Engine:
         for p, tensor in before.items():
             optimizer.state[p][slow.key] = tensor
         for i, (group, params) in enumerate(zip(optimizer.param_groups, left, strict=True)):
-            if sync is not None and is_due(sync[i]):
+            if sync is not None and any(slow.key in optimizer.state.get(p, {}) for p in params) and is_due(sync[i]):
                 alpha = float(self.rule.alpha(self.settings.of(group).h))
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
 
 
 def _is_mixed(setting: Setting, p: Tensor, own: Mapping[str, Any]) -> bool:
-    """Whether a parameter that the kernels could take has a state or gradient of another dtype, as they could too.
-    torch's code casts states as it loads them, and mostly fails if they are others, with the step counted."""
-    grad, states = p.grad, [own.get(slot.key) for slot in setting.named_slots.values()]
-    if not any(isinstance(t, Tensor) and t.dtype != p.dtype for t in (grad, *states)):
+    """Whether a parameter that the kernels could take has a state or gradient of another dtype, as they could too, and
+    torch's code fails at that, with the step counted: it moves a first moment by lerp_, which wants one dtype."""
+    slots = [slot.key for slot in setting.named_slots.values()]
+    grad, states = p.grad, [own.get(key) for key in slots]
+    if "exp_avg" not in slots or not any(isinstance(t, Tensor) and t.dtype != p.dtype for t in (grad, *states)):
         return False
     if type(p).grad is not Tensor.grad or routing.why_not_setting(setting, p) or routing.why_not_tensor(p):
         return False
@@ -536,8 +576,8 @@ def _unscale(grads: list[Tensor], scale: Tensor | None) -> None:
 def _unscaled(grads: list[Tensor], scale: Tensor | None) -> Iterator[None]:
     """Unscale gradients for a block; if it fails they are what they were, and the step can be repeated."""
     before = [grad.clone() for grad in grads]
-    _unscale(grads, scale)
     try:
+        _unscale(grads, scale)
         yield
     except BaseException:
         with torch.no_grad():

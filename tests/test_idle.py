@@ -140,3 +140,50 @@ def test_a_device_goes_on_counting(backend: str) -> None:
     engine = optimizer.engine()
     assert engine.counts == [True]
     assert engine._defers()
+
+
+@pytest.mark.parametrize("backend", backends(["native", "emulated"]))
+@pytest.mark.parametrize("what", ["8 bits", "shorter"])
+def test_idle_parameters_cost_no_rebuild(what: str, backend: str) -> None:
+    params = [nn.Parameter(torch.ones(5)) for _ in range(3)]
+    optimizer = fastopt.Adam(params, backend=backend)
+    for p in params:
+        p.grad = torch.ones(5)
+    optimizer.step()
+    own = optimizer.state[params[0]]
+    own.update({key: PARKED[what](t) for key, t in own.items() if t.dim()})
+    params[0].grad = None
+    optimizer.step()
+    engine, prepared = optimizer.engine(), []
+    usual = engine.prepare
+    engine.prepare = lambda given: prepared.append(1) or usual(given)  # type: ignore[method-assign, func-returns-value]
+    for _ in range(3):
+        optimizer.step()
+    assert not prepared
+    assert optimizer.state[params[1]]["step"] == 5
+
+
+@each_backend
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_group_that_wakes_up_synchronises_when_it_is_due(fused: bool, backend: str) -> None:
+    def run(parks: bool) -> list[Tensor]:
+        params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+        inner = fastopt.Adam([{"params": [p]} for p in params], lr=0.1, fused=fused, backend=backend)
+        optimizer = fastopt.Lookahead(inner, k=4)
+        for step in range(6):
+            own = optimizer.state[params[0]]
+            for p in params:
+                p.grad = torch.full((5,), 1.0 + step)
+            if step in (1, 2):
+                params[0].grad = None
+            if parks and step == 1:
+                kept = dict(own)
+                own.clear()
+                own["exp_avg"] = torch.zeros(9)
+            if parks and step == 3:
+                own.clear()
+                own.update(kept)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    assert all(map(torch.equal, run(True), run(False)))
