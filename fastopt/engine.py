@@ -475,7 +475,6 @@ class Engine:
                 if self._routes[id(p)].backend == "torch":
                     continue
                 own = optimizer.state.get(p, {})
-                pulled = self.rule.slow is not None and self.rule.slow.key in own
                 if self.is_idle(setting, p, own):
                     idle.append(p)
                     continue
@@ -483,7 +482,7 @@ class Engine:
                     check_state(setting, p, own, f"parameter {k} of group {i}")
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-                needs = missing_state if p.grad is not None or pulled else mended_counters
+                needs = missing_state if p.grad is not None or self._has_slow(own) else mended_counters
                 if new := needs(setting, p, own):
                     pending.append((p, new))
         for p, new in pending:
@@ -498,13 +497,15 @@ class Engine:
     def is_idle(self, setting: Setting, p: Tensor, own: Mapping[str, Any]) -> bool:
         """Whether nothing is asked of a parameter, for it has no gradient, and its state is none for a plan: it may be
         parked elsewhere, in 8 bits, of another shape."""
-        pulled = self.rule.slow is not None and self.rule.slow.key in own
-        return bool(own) and p.grad is None and not pulled and not fits(setting, p, own)
+        return bool(own) and p.grad is None and not self._has_slow(own) and not fits(setting, p, own)
+
+    def _has_slow(self, own: Mapping[str, Any]) -> bool:
+        """Whether a parameter with this state is pulled back to slow weights, with a gradient or without."""
+        return self.rule.slow is not None and self.rule.slow.key in own
 
     def _wakes(self, optimizer: Optimizer, p: Tensor) -> bool:
         """Whether an idle parameter has a gradient again, or slow weights."""
-        slow = self.rule.slow
-        return p.grad is not None or (slow is not None and slow.key in optimizer.state.get(p, {}))
+        return p.grad is not None or self._has_slow(optimizer.state.get(p, {}))
 
     def _is_fresh(self, optimizer: Optimizer, p: Tensor) -> bool:
         tensor = self._fresh.get(p) if self._fresh else None
@@ -544,7 +545,7 @@ class Engine:
         for p, tensor in before.items():
             optimizer.state[p][slow.key] = tensor
         for i, (group, params) in enumerate(zip(optimizer.param_groups, left, strict=True)):
-            if sync is not None and any(slow.key in optimizer.state.get(p, {}) for p in params) and is_due(sync[i]):
+            if sync is not None and any(self._has_slow(optimizer.state.get(p, {})) for p in params) and is_due(sync[i]):
                 alpha = float(self.rule.alpha(self.settings.of(group).h))
                 for p in params:
                     pull_back(p, optimizer.state.get(p, {}).get(slow.key), alpha)
